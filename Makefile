@@ -1,0 +1,35 @@
+# make demo   train configs/digits.yaml and compare its moving averages with recomputed statistics
+# make test   the test suite
+# make figures  the figures of docs/ from real runs (some minutes)
+# Each makes .venv on first use and reuses it afterwards.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint figures clean
+
+demo: .venv/installed
+	$(BIN)/bnexp train configs/digits.yaml
+	$(BIN)/bnexp eval --recompute-stats
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check bnexp tests benchmarks docs
+
+figures: .venv/installed-dev
+	$(BIN)/python docs/figures/make.py
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("bnexp needs Python 3.11 or newer; try: make demo PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,52 @@
+"""bnexp: what are batch normalization's moving averages worth?
+
+Heavy imports are lazy: `import bnexp` does not import torch; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bnexp.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
+    from bnexp.statistics import (
+        Cumulative,
+        Ema,
+        Pooled,
+        Statistics,
+        StatisticsTracker,
+        recompute_statistics,
+        running_statistics,
+    )
+
+_HOME = {
+    "BatchNorm1d": "bnexp.nn",
+    "BatchNorm2d": "bnexp.nn",
+    "BatchNorm3d": "bnexp.nn",
+    "convert_batchnorm": "bnexp.nn",
+    "Cumulative": "bnexp.statistics",
+    "Ema": "bnexp.statistics",
+    "Pooled": "bnexp.statistics",
+    "Statistics": "bnexp.statistics",
+    "StatisticsTracker": "bnexp.statistics",
+    "recompute_statistics": "bnexp.statistics",
+    "running_statistics": "bnexp.statistics",
+    "UserError": "bnexp.errors",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'bnexp' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,164 @@
+"""bnexp compare"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from bnexp.report.data import RunData
+    from bnexp.report.several import SeedGroup
+
+CURVE_COLUMNS = 6
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Compare runs: what differs in their configs, accuracy by step and at the end, and seeds."""
+    from bnexp.errors import UserError
+    from bnexp.report.data import RunData
+    from bnexp.report.several import config_differences, seed_groups
+    from bnexp.runs import find_run
+
+    found = [find_run(name) for name in runs]
+    if len({run.path.resolve() for run in found}) < len(found):
+        raise UserError("a run is named twice")
+    if len(found) < 2:
+        raise UserError("name two runs or more; bnexp runs lists them")
+    parsed = [RunData.read(run) for run in found]
+    differences, groups = config_differences(parsed), seed_groups(parsed)
+    if as_json:
+        print(json.dumps(_tree(parsed, differences, groups), indent=2, allow_nan=False))
+    else:
+        _print(parsed, differences, groups)
+
+
+def _tree(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "runs": [
+            {"name": run.name, "path": run.path, "state": run.state["state"],
+             "evals": list(run.evals), "comparison": run.comparison}
+            for run in runs
+        ],
+        "config_differences": {
+            key: dict(zip((run.name for run in runs), values, strict=True))
+            for key, values in differences
+        },
+        "seeds": [asdict(group) for group in groups],
+    }  # fmt: skip
+
+
+def _print(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> None:
+    from bnexp.cli.tables import output
+
+    console = output()
+    _print_differences(console, runs, differences)
+    _print_curves(console, runs)
+    _print_final(console, runs)
+    for group in groups:
+        _print_seeds(console, group)
+    names = " ".join(run.path for run in runs)
+    console.print(f"\nas a page with figures: bnexp report {names}", style="dim", soft_wrap=True)
+
+
+def _table(title: str, first: str, columns: Sequence[str]):
+    from rich.table import Table
+
+    table = Table(
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _print_differences(console, runs: Sequence[RunData], differences) -> None:
+    if not differences:
+        console.print("\nThe configs are the same.")
+        return
+    table = _table("where the configs differ", "key", [])
+    table.add_column("value: runs")
+    for key, values in differences:
+        holders: dict[str, list[str]] = {}
+        for run, value in zip(runs, values, strict=True):
+            holders.setdefault("–" if value is None else str(value), []).append(run.name)
+        table.add_row(key, "\n".join(f"{v}: {', '.join(names)}" for v, names in holders.items()))
+    console.print(table)
+    if any(key.startswith("data.") for key, _ in differences):
+        console.print(
+            "The data differ: the runs may have been tested on other images.", style="yellow"
+        )
+
+
+def _print_curves(console, runs: Sequence[RunData]) -> None:
+    curves = [dict(zip(*run.curve("test", run.baseline), strict=True)) for run in runs]
+    steps = sorted(set().union(*curves))
+    if len(steps) < 2:
+        return
+    if len(steps) > CURVE_COLUMNS:
+        last = len(steps) - 1
+        steps = [steps[round(i * last / (CURVE_COLUMNS - 1))] for i in range(CURVE_COLUMNS)]
+    table = _table("test accuracy by step, %", "run", [f"{step:,.0f}" for step in steps])
+    for run, curve in zip(runs, curves, strict=True):
+        table.add_row(run.name, *(f"{100 * curve[t]:.2f}" if t in curve else "" for t in steps))
+    console.print(table)
+
+
+def _print_final(console, runs: Sequence[RunData]) -> None:
+    from bnexp.evaluation.verdict import signed
+
+    kinds = list(
+        dict.fromkeys(k["name"] for r in runs if r.comparison for k in r.comparison["kinds"])
+    )
+    if not kinds:
+        console.print("\nNone of the runs has a final comparison yet.")
+        return
+    table = _table("at the end, %, with the difference to the baseline in points", "run", kinds)
+    for run in runs:
+        cells = []
+        found = {k["name"]: k for k in run.comparison["kinds"]} if run.comparison else {}
+        for name in kinds:
+            kind = found.get(name)
+            paired = kind and kind["versus_baseline"]
+            cell = f"{100 * kind['accuracy']:.2f}" if kind else "–"
+            cells.append(f"{cell} ({signed(paired['difference'])})" if paired else cell)
+        table.add_row(run.name, *cells)
+    console.print(table)
+
+
+def _print_seeds(console, group: SeedGroup) -> None:
+    from bnexp.evaluation.verdict import signed, signed_interval
+
+    columns = ("mean", "95 % interval", "std. dev.", "difference", "95 % interval")
+    seeds = ", ".join(map(str, group.seeds))
+    table = _table(f"{len(group.seeds)} seeds of one config ({seeds}), %", "statistics", columns)
+    for row in group.summary:
+        low, high = row.interval
+        cells = [
+            f"{100 * row.mean:.2f}",
+            f"{100 * low:.2f} to {100 * high:.2f}",
+            f"{100 * row.standard_deviation:.2f}",
+        ]
+        if row.difference is not None:
+            cells += [signed(row.difference), signed_interval(row.difference_interval)]
+        table.add_row(row.kind, *cells)
+    console.print(table)
+    console.print("t intervals of the mean over seeds; differences are paired by seed", style="dim")
+    if group.repeated:
+        console.print(
+            f"left out, since their seed is there already: {', '.join(group.repeated)}",
+            style="dim",
+        )

@@ -1,0 +1,129 @@
+"""bnexp eval"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+METHODS = ("exact", "pooled", "batch-mean")
+WEIGHTS = ("last", "best", "ema", "swa")
+
+
+def evaluate(
+    run: Annotated[
+        str | None, typer.Argument(help="Run folder or name; the newest finished run if left out.")
+    ] = None,
+    recompute_stats: Annotated[
+        bool, typer.Option("--recompute-stats", help="Also evaluate recomputed statistics.")
+    ] = False,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"How to recompute: {', '.join(METHODS)}; may be given several times."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Training images to recompute from.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help=f"Which weights: {', '.join(WEIGHTS)}.")
+    ] = None,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Also evaluate mini-batch statistics.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Evaluate a run on its whole test set under each kind of BN statistics, side by side."""
+    from bnexp.errors import UserError
+    from bnexp.runs import find_run, newest_finished_run
+
+    methods = list(dict.fromkeys(method or []))
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise UserError(f"--method {unknown[0]}: allowed are {', '.join(METHODS)}")
+    if (methods or samples) and not recompute_stats:
+        raise UserError("--method and --samples say how to recompute: add --recompute-stats")
+    if weights is not None and weights not in WEIGHTS:
+        raise UserError(f"--weights {weights}: allowed are {', '.join(WEIGHTS)}")
+    found = find_run(run) if run else newest_finished_run()
+    config = found.load_config()
+    if config.performance.allocator:
+        from bnexp.performance import keep_freed_memory
+
+        keep_freed_memory()
+
+    from bnexp.device import describe_device, resolve_device
+    from bnexp.training.session import Session
+
+    resolved = resolve_device(device or config.device)
+    session = Session(config, resolved)
+    weights = weights or found.state.get("weights", "last")
+    model = _load(found, session, weights)
+    if not as_json:
+        print(
+            f"{found.path}: {config.model.name} after {session.step:,} steps, {weights} weights, "
+            f"on {describe_device(resolved)}",
+            file=sys.stderr,
+        )
+    assessment = _assess(session, model, recompute_stats, methods, samples, batch, not as_json)
+    _show(found, session, assessment, weights, as_json)
+
+
+def _load(run, session, weights: str):
+    """The model to evaluate, with the run's estimates in the session."""
+    from bnexp.errors import UserError
+    from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint
+
+    if weights == "best":
+        state, passed_over = load_checkpoint(run.checkpoints / "best.pt"), []
+    else:
+        state, passed_over = newest_checkpoint(run.checkpoints)
+    if state is None:
+        raise UserError(f"{run.path} has no checkpoint yet; go on: bnexp train --resume {run.path}")
+    for line in passed_over:
+        print(f"bnexp: {line}", file=sys.stderr)
+    session.load_weights(state)
+    session.step = state["step"]
+    if weights in ("last", "best"):
+        return session.model
+    if weights not in session.averages:
+        raise UserError(
+            f"{run.path} has no {weights} weights: training.averages.{weights} was not set"
+        )
+    session.averages[weights].load_state_dict(state["averages"][weights])
+    if not session.averages[weights].count:
+        raise UserError(f"{run.path} has not averaged any {weights} weights yet")
+    return session.averages[weights].model_with_average(session.model)
+
+
+def _assess(session, model, recompute_stats, methods, samples, batch, show_progress):
+    from bnexp.evaluation.assessment import assess, kinds_to_assess
+
+    wanted = ["recomputed"] * recompute_stats + ["batch"] * batch
+    with session.autocast():
+        kinds = kinds_to_assess(
+            model,
+            session.data,
+            session.config,
+            session.estimates(),
+            wanted,
+            methods,
+            samples,
+            progress=show_progress and sys.stderr.isatty(),
+        )
+        return assess(model, session.data.test, session.config.test.batch_size, kinds)
+
+
+def _show(run, session, assessment, weights: str, as_json: bool) -> None:
+    from bnexp.cli.tables import print_comparison
+    from bnexp.evaluation.assessment import compare_assessment
+
+    comparison = compare_assessment(assessment, session.data, session.config)
+    if as_json:
+        value = {
+            "run": str(run.path), "step": session.step, "weights": weights, **comparison.to_dict()
+        }
+        print(json.dumps(value, indent=2, allow_nan=False))
+        return
+    print_comparison(comparison, layers=5)

@@ -1,0 +1,89 @@
+"""bnexp runs"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from bnexp.runs import Run
+
+
+def runs(
+    folder: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """List the runs, newest first."""
+    from bnexp.runs import all_runs
+
+    rows = [describe(run) for run in all_runs(folder)]
+    if as_json:
+        print(json.dumps(rows, indent=2, allow_nan=False))
+        return
+    if not rows:
+        print(f"no runs in {folder}/ yet; train one: bnexp train configs/digits.yaml")
+        return
+    _print(rows)
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What `bnexp runs` says of a run; `test_accuracy` is None before the first evaluation."""
+    config, state = run.config, run.state
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "data": config["data"]["name"],
+        "model": config["model"]["name"],
+        "step": state.get("step"),
+        "total_steps": state.get("total_steps"),
+        "state": state["state"],
+        "test_accuracy": _test_accuracy(run),
+        "created": run.environment.get("created"),
+    }
+
+
+def _test_accuracy(run: Run) -> float | None:
+    """Under the baseline, at the last evaluation."""
+    if comparison := run.comparison():
+        return comparison["kinds"][0]["accuracy"]
+    rows = [row for row in run.evals() if row["split"] == "test"]
+    if not rows:
+        return None
+    last = rows[-1]["step"]
+    return next(row["accuracy"] for row in rows if row["step"] == last)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from bnexp.cli.tables import output
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    for column in ("data", "model"):
+        table.add_column(column, overflow="fold")
+    table.add_column("steps", justify="right", no_wrap=True)
+    table.add_column("state")
+    table.add_column("test", justify="right", no_wrap=True)
+    table.add_column("when", no_wrap=True)
+    for row in rows:
+        accuracy = row["test_accuracy"]
+        table.add_row(
+            row["name"],
+            row["data"],
+            row["model"],
+            _steps(row["step"], row["total_steps"]),
+            row["state"],
+            "–" if accuracy is None else f"{accuracy:.2%}",
+            (row["created"] or "–")[:16].replace("T", " "),
+        )
+    output().print(table)
+
+
+def _steps(step: int | None, total: int | None) -> str:
+    if step is None:
+        return "–"
+    return f"{step}" if total in (None, step) else f"{step}/{total}"

@@ -1,0 +1,554 @@
+"""The YAML of a run as pydantic models: what can be said, its defaults and its limits.
+
+`load_config` turns a file and `key=value` overrides into a `Config`, or into one line that says
+what is wrong with them. Attribute docstrings become the descriptions of `bnexp config --schema`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from bnexp.errors import UserError
+
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+class AugmentConfig(Section):
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    """Pad by this many pixels on every side, then crop at random to the original size."""
+    flip: bool = False
+    """Mirror left and right with probability one half."""
+
+
+class LimitConfig(Section):
+    train: PositiveInt | None = None
+    """Use only this many training images, chosen by the seed, stratified."""
+    test: PositiveInt | None = None
+    """Use only this many test images, chosen by the seed, stratified."""
+
+
+class DataConfig(Section):
+    name: str
+    """digits, mnist, fashion-mnist, kmnist, cifar10, cifar100, svhn or image-folder."""
+    root: Path | None = None
+    """Where the files are, or go when downloaded. Then $BNEXP_DATA and ./data are looked at."""
+    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the training images kept apart for validation, seeded and stratified."""
+    augment: AugmentConfig = AugmentConfig()
+    image_size: PositiveInt | None = None
+    """Side of the square that images of an image-folder are resized and cropped to."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that decode images of an image-folder that is too large for memory."""
+    limit: LimitConfig = LimitConfig()
+
+
+# --------------------------------------------------------------------------------------- model
+
+
+class ModelConfig(Section):
+    name: str
+    """mlp, small-cnn, resnet20 or torchvision/<name>."""
+    norm: Literal["batch", "none"] = "batch"
+    """`none` builds bnexp's own networks without batch normalization."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Added to the variance before its square root."""
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+
+class EmaConfig(Section):
+    rule: Literal["ema"]
+    decay: Decay = 0.9
+    """Weight kept on the old value: running = decay * running + (1 - decay) * batch."""
+    debias: bool = False
+    """Start at zero and divide by 1 - decay^t, as Adam does."""
+
+
+class CumulativeConfig(Section):
+    rule: Literal["cumulative"]
+    """The plain average of all batch statistics so far (PyTorch's momentum=None)."""
+
+
+class PooledConfig(Section):
+    rule: Literal["pooled"]
+    window: PositiveInt | None = None
+    """Merge the moments of the last so many mini-batches; without it, of the whole run."""
+
+
+EstimatorConfig = Annotated[
+    EmaConfig | CumulativeConfig | PooledConfig, Field(discriminator="rule")
+]
+
+
+class RecomputeConfig(Section):
+    method: Literal["exact", "pooled", "batch-mean"] = "exact"
+    """How population statistics are recomputed; see docs/statistics.md."""
+    samples: PositiveInt | None = 10_000
+    """How many training images they are computed over; null takes all."""
+    batch_size: PositiveInt | None = None
+    """Images per forward pass: the mini-batch of `pooled` and `batch-mean` (default: the
+    training batch size), a matter of speed alone for `exact` (default: at most 100)."""
+    augment: bool = True
+    """Augment the images as training does, so that the only difference to the running
+    statistics is how they are averaged."""
+    memory: str | None = None
+    """Bound on the activations `exact` keeps waiting, such as 2GiB or 50%."""
+
+
+class StatisticsConfig(Section):
+    decay: Decay = 0.9
+    """Decay of the running statistics in the layers. PyTorch's momentum is 1 - decay."""
+    estimators: dict[str, EstimatorConfig] = {}
+    """More estimators fed by the same run, by name; all are evaluated, saved and compared."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    normalization_batch: Annotated[int, Field(ge=2)] | None = None
+    """Ghost batches: training normalizes over sub-batches of this many images."""
+    freeze_from_step: Annotated[int, Field(ge=0)] | None = None
+    """From this step on training normalizes with the running statistics and leaves them alone."""
+
+    @field_validator("estimators")
+    @classmethod
+    def _names(cls, estimators: dict) -> dict:
+        for name in estimators:
+            if name in ("running", "recomputed", "batch") or "/" in name or "," in name:
+                raise ValueError(
+                    f"{name!r} can't name an estimator: running, recomputed and batch are taken, "
+                    "and a name has no '/' or ','"
+                )
+        return estimators
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+class SgdConfig(Section):
+    name: Literal["sgd"]
+    lr: Annotated[float, Field(gt=0.0)] = 0.1
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """The optimizer's own momentum, the share of the previous step that is kept."""
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Not applied to BN parameters and biases."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self):
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0; say nesterov: false")
+        return self
+
+
+class AdamWConfig(Section):
+    name: Literal["adamw"]
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Not applied to BN parameters and biases."""
+
+
+OptimizerConfig = Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")]
+
+
+class ScheduleSection(Section):
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly to the schedule's first value."""
+
+
+class ConstantSchedule(ScheduleSection):
+    name: Literal["constant"]
+
+
+class StepSchedule(ScheduleSection):
+    name: Literal["step"]
+    milestones: list[Fraction]
+    """Where the learning rate is multiplied by gamma, as shares of the run: [0.5, 0.75]."""
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+
+
+class CosineSchedule(ScheduleSection):
+    name: Literal["cosine"]
+    final: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Learning rate at the end, as a share of the optimizer's lr."""
+
+
+class OneCycleSchedule(Section):
+    name: Literal["one-cycle"]
+    rise: Fraction = 0.3
+    """Share of the run during which the learning rate rises from lr / start to lr."""
+    start: Annotated[float, Field(gt=1.0)] = 25.0
+    """The first learning rate is lr / start."""
+    end: Annotated[float, Field(gt=1.0)] = 1e4
+    """The last learning rate is lr / (start * end)."""
+
+
+class PlateauSchedule(ScheduleSection):
+    name: Literal["plateau"]
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """What the learning rate is multiplied by when the EMA training accuracy stops improving."""
+    patience: PositiveInt = 1000
+    """Steps without an improvement of the EMA training accuracy that count as a plateau."""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.002
+    """What counts as an improvement of the EMA training accuracy."""
+    reductions: Annotated[int, Field(ge=0)] | None = None
+    """Reductions of the learning rate after which the next plateau ends the run; null: never."""
+
+
+ScheduleConfig = Annotated[
+    ConstantSchedule | StepSchedule | CosineSchedule | OneCycleSchedule | PlateauSchedule,
+    Field(discriminator="name"),
+]
+
+
+class EarlyStoppingConfig(Section):
+    metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
+    patience: PositiveInt = 5
+    """Evaluations in a row without improvement after which the run ends."""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """What counts as an improvement."""
+    restore_best: bool = True
+    """End with the weights of the best evaluation instead of the last ones."""
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _not_on_test(cls, metric: Any) -> Any:
+        if str(metric).startswith("test"):
+            raise ValueError(
+                "stopping on test data would tune the run to the very images that are to judge "
+                "it; set data.val_fraction and say val_accuracy or val_loss"
+            )
+        return metric
+
+
+class EmaWeightsConfig(Section):
+    decay: Decay = 0.999
+    """Weight kept on the old average at every step."""
+    warmup: bool = True
+    """Start with the smaller decay (1 + t) / (10 + t), so that early weights fade sooner."""
+
+
+class SwaConfig(Section):
+    start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.75
+    """Share of the run after which weights are averaged (Izmailov et al. 2018)."""
+    every: PositiveInt | None = None
+    """Steps between the weights that are averaged; null: one epoch."""
+
+
+class AveragesConfig(Section):
+    ema: EmaWeightsConfig | None = None
+    swa: SwaConfig | None = None
+
+
+class TrainingConfig(Section):
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training images; may be a fraction. Say epochs or steps."""
+    steps: PositiveInt | None = None
+    """Mini-batches to train on. Say epochs or steps."""
+    batch_size: PositiveInt = 128
+    optimizer: OptimizerConfig = SgdConfig(name="sgd")
+    schedule: ScheduleConfig = CosineSchedule(name="cosine")
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """bfloat16 and float16 run the forward pass under autocast; float16 scales gradients."""
+    ema_accuracy_decay: Decay = 0.98
+    """Decay of the moving average of training accuracy: 0.98 looks back about 50 steps."""
+    check_every: PositiveInt = 100
+    """Steps between looks at the numbers: divergence, plateaus and early stopping."""
+    early_stopping: EarlyStoppingConfig | None = None
+    averages: AveragesConfig = AveragesConfig()
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _sgd_unless_named(cls, optimizer: Any) -> Any:
+        return {"name": "sgd", **optimizer} if isinstance(optimizer, dict) else optimizer
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("say either epochs or steps")
+        return self
+
+
+# ------------------------------------------------------------------------------------ the rest
+
+
+class TestConfig(Section):
+    __test__ = False
+
+    every: PositiveInt | None = None
+    """Steps between evaluations on the whole test set; null: only at the end."""
+    statistics: list[Literal["running", "recomputed", "batch"]] = ["running"]
+    """The statistics BN layers use in these evaluations; estimators come on top by themselves."""
+    batch_size: PositiveInt = 250
+    """Test images per forward pass; it matters to accuracy only for `batch`."""
+    train_accuracy: bool = False
+    """Also measure the accuracy over the whole training set, which the EMA stands in for."""
+
+    @field_validator("statistics")
+    @classmethod
+    def _at_least_running(cls, kinds: list[str]) -> list[str]:
+        if "running" not in kinds:
+            raise ValueError("the list must hold running, which the others are compared with")
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("the list names a kind of statistics twice")
+        return kinds
+
+
+class CheckpointsConfig(Section):
+    every_steps: PositiveInt | None = None
+    every_seconds: Annotated[float, Field(gt=0)] | None = 60.0
+    keep: PositiveInt = 2
+    """How many of the newest are kept; the best is kept besides."""
+
+
+class PerformanceConfig(Section):
+    allocator: bool = True
+    """Tell glibc to keep freed memory (no effect elsewhere)."""
+    channels_last: bool = True
+    compile: bool = False
+    """torch.compile the training step's model."""
+    tf32: bool = True
+    """Let CUDA multiply float32 matrices with TensorFloat-32."""
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run folder (needs bnexp[tensorboard])."""
+
+
+class ExpectConfig(Section):
+    test_accuracy: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """The run ends with exit code 3 when its final test accuracy is lower."""
+
+
+class Config(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """The run's folder is runs/<name>-<number>; without it, the config file's name."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    data: DataConfig
+    model: ModelConfig
+    statistics: StatisticsConfig = StatisticsConfig()
+    training: TrainingConfig
+    test: TestConfig = TestConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    performance: PerformanceConfig = PerformanceConfig()
+    logging: LoggingConfig = LoggingConfig()
+    expect: ExpectConfig = ExpectConfig()
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+            raise ValueError(f"{device!r} is no device; allowed: auto, cpu, cuda, cuda:1, mps")
+        return device
+
+    @model_validator(mode="after")
+    def _sections_agree(self):
+        if self.training.early_stopping and not self.data.val_fraction:
+            raise ValueError(
+                "training.early_stopping needs validation images: set data.val_fraction"
+            )
+        if self.training.early_stopping and not self.test.every:
+            raise ValueError("training.early_stopping needs evaluations: set test.every")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
+
+
+def _read(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1) or beside[:5]
+        hint = f"; that folder has {', '.join(near)}" if near else ""
+        raise UserError(f"no config at {path}{hint}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name the YAML file in it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, see configs/digits.yaml")
+    return tree
+
+
+def _override(tree: dict, assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise UserError(f"{assignment!r} is no override: write key=value, as in training.steps=500")
+    *parents, last = key.split(".")
+    node = tree
+    for depth, parent in enumerate(parents):
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            at = ".".join(parents[: depth + 1])
+            raise UserError(f"override {assignment!r}: {at} is {child!r}, not a section")
+        node = child
+    if key in ("training.epochs", "training.steps"):
+        node.pop("epochs", None)
+        node.pop("steps", None)
+    node[last] = _parse_yaml(text, f"override {assignment!r}") if text else None
+
+
+def load_config(path: Path, overrides: list[str] = ()) -> Config:
+    """The config in the YAML file at `path`, with dotted `key=value` overrides applied.
+
+    Raises UserError (one line) for a missing or unreadable file, YAML that does not parse, an
+    unknown key, a value of the wrong type or out of range, or sections that contradict each other.
+    """
+    tree = _read(path)
+    tree.setdefault("name", path.stem)
+    return resolve(tree, overrides, str(path))
+
+
+def resolve(tree: dict, overrides: list[str], source: str) -> Config:
+    """The `Config` of an already parsed mapping; `source` names it in errors."""
+    for assignment in overrides:
+        _override(tree, assignment)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        more = error.error_count() - 1
+        tail = f" (and {more} more)" if more else ""
+        raise UserError(f"{source}: {_explain(first)}{tail}") from None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models an annotation admits."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, dict):
+        return [m for part in typing.get_args(annotation) for m in _models_in(part)]
+    return []
+
+
+def _keys_at(location: tuple) -> list[str]:
+    """The keys allowed in the section at `location`, a pydantic error location."""
+    models: list[type[BaseModel]] = [Config]
+    for part in location:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if fields:
+            models = [m for f in fields for m in _models_in(f.annotation)]
+            continue
+        tagged = [m for m in models if part in _tags(m)]
+        models = tagged or models
+    return sorted({name for m in models for name in m.model_fields})
+
+
+def _tags(model: type[BaseModel]) -> tuple:
+    for field in ("name", "rule"):
+        if field in model.model_fields:
+            annotation = model.model_fields[field].annotation
+            if typing.get_origin(annotation) is Literal:
+                return typing.get_args(annotation)
+    return ()
+
+
+def _dotted(location: tuple) -> str:
+    """The location as the user wrote it, without the tags pydantic inserts for unions."""
+    parts: list[str] = []
+    models: list[type[BaseModel]] = [Config]
+    for part in location:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if not fields and any(part in _tags(m) for m in models):
+            models = [m for m in models if part in _tags(m)]
+            continue
+        parts.append(str(part))
+        if fields:
+            models = [m for f in fields for m in _models_in(f.annotation)]
+    return ".".join(parts)
+
+
+def _explain(error: dict) -> str:
+    """One line for one pydantic error."""
+    location, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    key = _dotted(location)
+    if kind == "extra_forbidden":
+        if location[-1] == "momentum" and location[0] != "training":
+            return _momentum_advice(key, error["input"])
+        known = _keys_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {key}; {hint}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "union_tag_not_found":
+        tag = context["discriminator"].strip("'")
+        return f"{key}.{tag} is missing"
+    if kind == "union_tag_invalid":
+        tag = context["discriminator"].strip("'")
+        return f"{key}.{tag} is {context['tag']!r}; allowed: {context['expected_tags']}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key or 'the config'} must be a section of keys, not {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} is {error['input']!r}; {message.removeprefix('input ')}"
+
+
+def _momentum_advice(key: str, value: Any) -> str:
+    advice = "bnexp says decay, the weight kept on the old value; PyTorch's momentum m is decay 1-m"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        advice += f", so for PyTorch's momentum {value:g} write decay: {round(1 - value, 12):g}"
+    return f"{key}: statistics have no momentum here; {advice}"

@@ -1,0 +1,141 @@
+"""Which images, in which order: every choice a pure function of a seed and a purpose."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnexp.config import AugmentConfig
+from bnexp.errors import UserError
+
+
+def generator(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
+    """A random stream of its own for each (seed, purpose, number)."""
+    return np.random.default_rng((seed, zlib.crc32(purpose.encode()), number))
+
+
+def stratified_subset(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Sorted indices of `count` samples, each class in proportion to its size.
+
+    `labels`: integers (N,), count <= N. Shares are rounded by largest remainder, so the total is
+    exact and every class is within one sample of its exact share.
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    shares = sizes * (count / len(labels))
+    takes = np.floor(shares).astype(np.int64)
+    by_remainder = np.argsort(takes - shares, kind="stable")
+    takes[by_remainder[: count - takes.sum()]] += 1
+    chosen = [
+        rng.permutation(np.flatnonzero(labels == label))[:take]
+        for label, take in zip(classes, takes, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def split_off(
+    labels: np.ndarray, fraction: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of what stays and of the stratified `fraction` that is split off."""
+    apart = stratified_subset(labels, round(fraction * len(labels)), rng)
+    stays = np.setdiff1d(np.arange(len(labels)), apart, assume_unique=True)
+    return stays, apart
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Full batches in one pass over so many images; UserError when not even one fits."""
+    if batch_size > images:
+        raise UserError(
+            f"a training batch of {batch_size} needs more than the {images} training images "
+            f"there are; set training.batch_size to {images} or less"
+        )
+    return images // batch_size
+
+
+def draw_augmentation(
+    count: int, augment: AugmentConfig, rng: np.random.Generator
+) -> Tensor | None:
+    """Random augmentation of `count` images for `augmentation.shift_and_flip`.
+
+    int64 (count, 3): row and column at which the crop starts in the padded image, 0 to
+    2 * crop_padding, and 1 where the image is mirrored. None when nothing is to be done.
+    """
+    if not augment.crop_padding and not augment.flip:
+        return None
+    draws = np.zeros((count, 3), dtype=np.int64)
+    draws[:, :2] = rng.integers(0, 2 * augment.crop_padding + 1, (count, 2))
+    if augment.flip:
+        draws[:, 2] = rng.integers(0, 2, count)
+    return torch.from_numpy(draws)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a split: which image comes when, and how it is augmented."""
+
+    order: Tensor
+    """int64 (n,), indices of images."""
+    draws: Tensor | None
+    """int64 (n, 3), see `draw_augmentation`; None: not augmented."""
+
+    def __getitem__(self, part: slice) -> Pass:
+        return Pass(self.order[part], None if self.draws is None else self.draws[part])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def to(self, device: torch.device) -> Pass:
+        return Pass(
+            upload(self.order, device),
+            None if self.draws is None else upload(self.draws, device),
+        )
+
+    def batches(self, batch_size: int) -> Iterator[Pass]:
+        for start in range(0, len(self), batch_size):
+            yield self[start : start + batch_size]
+
+
+def training_pass(
+    images: int, batch_size: int, epoch: int, augment: AugmentConfig, seed: int
+) -> Pass:
+    """The shuffle of epoch number `epoch`, full batches only."""
+    used = steps_per_epoch(images, batch_size) * batch_size
+    order = generator(seed, "order", epoch).permutation(images)[:used]
+    draws = draw_augmentation(used, augment, generator(seed, "augmentation", epoch))
+    return Pass(torch.from_numpy(order), draws)
+
+
+def training_passes(
+    images: int, batch_size: int, start_step: int, augment: AugmentConfig, seed: int
+) -> Iterator[Pass]:
+    """What is left of the epoch that `start_step` falls into, then epoch after epoch."""
+    epoch, done = divmod(start_step, steps_per_epoch(images, batch_size))
+    while True:
+        whole = training_pass(images, batch_size, epoch, augment, seed)
+        yield whole[done * batch_size :]
+        epoch, done = epoch + 1, 0
+
+
+def inference_pass(
+    images: int, samples: int | None, augment: AugmentConfig | None, seed: int
+) -> Pass:
+    """All images in order, or the first `samples` of a fixed shuffle."""
+    if samples is None:
+        order = np.arange(images)
+    else:
+        order = generator(seed, "samples").permutation(images)[:samples]
+    draws = None
+    if augment is not None:
+        draws = draw_augmentation(len(order), augment, generator(seed, "augmented inference"))
+    return Pass(torch.from_numpy(order), draws)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without waiting for the copy where the device is a CUDA one."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,68 @@
+"""What the rest of bnexp sees of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a model and a reader of its results need to know about the images.
+
+    `image_size` is (height, width) of what batches hold. `mean` and `std` are per channel, of
+    training pixels scaled to 0..1; batches are normalized with them.
+    """
+
+    name: str
+    channels: int
+    image_size: tuple[int, int]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Split(Protocol):
+    """Images with labels, as batches `(x, y)` on the training device.
+
+    `x` is float32 (batch, channels, height, width), normalized, channels_last; `y` is int64
+    (batch,). Nothing here draws from the global random generators.
+    """
+
+    labels: Tensor
+    """int64 (N,), on the CPU, in the order of `batches`."""
+
+    def __len__(self) -> int: ...
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Full batches in one pass; the remainder is dropped. UserError when there is none."""
+
+    def training_batches(
+        self, batch_size: int, start_step: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless shuffled, augmented batches from step `start_step` on.
+
+        Every epoch has an order of its own. Batch t depends on the seed, the batch size and t
+        alone, so a run that resumes at step t sees what an uninterrupted one would have seen.
+        """
+
+    def batches(
+        self, batch_size: int, samples: int | None = None, augment: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, or the first `samples` of a fixed seeded shuffle of them.
+
+        The last batch may be short; more samples than there are mean all of them. `augment`
+        applies training augmentation, fixed by the seed and the position in the pass. Every call
+        with the same arguments yields the same batches.
+        """
+
+
+@dataclass
+class Data:
+    info: DataInfo
+    train: Split
+    val: Split | None
+    test: Split

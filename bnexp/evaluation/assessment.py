@@ -1,0 +1,170 @@
+"""One trained model under every kind of statistics asked for, on a whole split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from torch import nn
+
+from bnexp.config import Config
+from bnexp.data import Data, Split
+from bnexp.evaluation.comparison import Comparison, compare
+from bnexp.evaluation.predictions import Predictions, evaluate
+from bnexp.statistics import Statistics, batchnorm_layers, layer_drift, recompute_statistics
+
+EXACT_CHUNK = 100
+NO_BATCHNORM = "none"
+
+Progress = bool | Callable[[int, int | None], None]
+
+
+def recompute_population(
+    model: nn.Module,
+    data: Data,
+    config: Config,
+    method: str | None = None,
+    samples: int | None = None,
+    progress: Progress = False,
+) -> Statistics:
+    """Population statistics over training images as the config's `statistics.recompute` says.
+
+    `method` and `samples` replace the config's where given. The images are the first `samples` of
+    a fixed permutation; the model is untouched.
+    """
+    settings = config.statistics.recompute
+    method = method or settings.method
+    samples = min(samples or settings.samples or len(data.train), len(data.train))
+    batch_size = settings.batch_size
+    if batch_size is None:
+        mini_batch = config.statistics.normalization_batch or config.training.batch_size
+        batch_size = EXACT_CHUNK if method == "exact" else mini_batch
+    batches = PopulationBatches(data.train, batch_size, samples, settings.augment)
+    return recompute_statistics(
+        model, batches, method=method, memory=settings.memory, progress=progress
+    )
+
+
+@dataclass(frozen=True)
+class PopulationBatches:
+    """The training images that population statistics are computed over, in batches."""
+
+    split: Split
+    batch_size: int
+    samples: int
+    augment: bool
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    def __iter__(self):
+        return self.split.batches(self.batch_size, samples=self.samples, augment=self.augment)
+
+
+@dataclass
+class Assessment:
+    """Predictions by kind of statistics, the statistics themselves, and what each took."""
+
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+    statistics: dict[str, Statistics | None] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def rows(self, step: int, split: str) -> list[tuple]:
+        """Rows of evals.csv."""
+        return [
+            (step, split, kind, found.accuracy, found.mean_loss, len(found), self.seconds[kind])
+            for kind, found in self.predictions.items()
+        ]
+
+
+def assess(
+    model: nn.Module,
+    split: Split,
+    batch_size: int,
+    statistics: Mapping[str, Statistics | Callable[[], Statistics] | None],
+    prefix: str = "",
+) -> Assessment:
+    """Evaluate `model` on the whole `split` under each of `statistics`.
+
+    A value is `Statistics`, a function that computes them (its time counts), or None for
+    mini-batch statistics. `prefix` goes before the kinds' names.
+    """
+    result = Assessment()
+    for kind, source in statistics.items():
+        started = time.perf_counter()
+        result.statistics[prefix + kind] = source() if callable(source) else source
+        result.seconds[prefix + kind] = time.perf_counter() - started
+    started = time.perf_counter()
+    result.predictions = evaluate(model, lambda: split.batches(batch_size), result.statistics)
+    each = (time.perf_counter() - started) / len(result.statistics)
+    for kind in result.seconds:
+        result.seconds[kind] += each
+    return result
+
+
+def kinds_to_assess(
+    model: nn.Module,
+    data: Data,
+    config: Config,
+    estimated: Mapping[str, Statistics],
+    wanted: Sequence[str],
+    methods: Sequence[str] = (),
+    samples: int | None = None,
+    progress: Progress = False,
+) -> dict[str, Statistics | Callable[[], Statistics] | None]:
+    """What `assess` is to try: the online estimates, then `recomputed` and `batch` if wanted.
+
+    `estimated` maps `running` and the further estimators to their statistics. With several
+    `methods`, recomputed statistics are named `recomputed/<method>`.
+    """
+    if not batchnorm_layers(model):
+        return {NO_BATCHNORM: Statistics(mean={}, var={}, count={})}
+    kinds: dict = dict(estimated)
+    if "recomputed" in wanted:
+        methods = list(methods) or [config.statistics.recompute.method]
+        for method in methods:
+            name = "recomputed" if len(methods) == 1 else f"recomputed/{method}"
+            kinds[name] = lambda method=method: recompute_population(
+                model, data, config, method, samples, progress
+            )
+    if "batch" in wanted:
+        kinds["batch"] = None
+    return kinds
+
+
+def merge(first: Assessment, second: Assessment) -> Assessment:
+    return Assessment(
+        first.predictions | second.predictions,
+        first.statistics | second.statistics,
+        first.seconds | second.seconds,
+    )
+
+
+def compare_assessment(assessment: Assessment, data: Data, config: Config) -> Comparison:
+    """The paired comparison with the first kind as baseline, and the drift of every layer."""
+    baseline, *others = assessment.predictions
+    reference = assessment.statistics[baseline]
+    layers = {}
+    for kind in others:
+        statistics = assessment.statistics[kind]
+        if statistics is not None and "/" not in kind.removeprefix("recomputed/"):
+            drift = layer_drift(reference, statistics, config.model.eps)
+            layers[kind] = [asdict(row) for row in drift]
+    return compare(
+        assessment.predictions, baseline, data.info.classes, labels=_labels(config), layers=layers
+    )
+
+
+def _labels(config: Config) -> dict[str, str]:
+    labels = {
+        "running": f"running averages (decay {config.statistics.decay:g})",
+        "batch": f"mini-batch statistics (batches of {config.test.batch_size})",
+        NO_BATCHNORM: "a network without batch normalization",
+    }
+    for weights in ("ema", "swa"):
+        labels[f"{weights}/recomputed"] = f"{weights.upper()} weights with recomputed statistics"
+        labels[f"{weights}/running"] = (
+            f"{weights.upper()} weights with the trained model's running averages"
+        )
+    return labels

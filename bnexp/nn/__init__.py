@@ -1,0 +1,22 @@
+"""Layers: batch normalization that can be tracked, frozen and split into ghost batches."""
+
+from __future__ import annotations
+
+from bnexp.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnexp.nn.convert import convert_batchnorm, restore_batchnorm
+from bnexp.nn.normalization import (
+    freeze_batchnorm,
+    set_normalization_batch,
+    unfreeze_batchnorm,
+)
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "convert_batchnorm",
+    "freeze_batchnorm",
+    "restore_batchnorm",
+    "set_normalization_batch",
+    "unfreeze_batchnorm",
+]

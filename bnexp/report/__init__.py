@@ -1,0 +1,17 @@
+"""A run made visible: figures, and one self-contained page about one or several runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnexp.runs import Run
+
+
+def write_results_png(run: Run) -> None:
+    """Write the dashboard results.png into the run's folder, atomically."""
+    from bnexp.report.data import RunData
+    from bnexp.report.figures import results_png
+    from bnexp.runs import write_atomically
+
+    write_atomically(run.path / "results.png", results_png(RunData.read(run)))

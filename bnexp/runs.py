@@ -1,0 +1,271 @@
+"""The run folder: made atomically, appended to while training, read by everything else.
+
+    runs/<name>-<number>/
+        config.yaml        resolved and retrainable
+        environment.json   versions, device, seed, git commit, command, resumes
+        state.json         running, finished, interrupted or failed, and at which step
+        steps.csv          one row per step
+        evals.csv          one row per evaluation
+        checkpoints/       see bnexp.training.checkpoints
+        comparison.json    see bnexp.evaluation
+        results.png, report.html
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bnexp.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bnexp.config import Config
+
+RUNS = Path("runs")
+STEP_COLUMNS = ("step", "epoch", "lr", "loss", "accuracy", "ema_accuracy")
+EVAL_COLUMNS = ("step", "split", "statistics", "accuracy", "loss", "samples", "seconds")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file at `path` by `content`, so that a reader sees the old or the new, whole."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _to_json(value: dict) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+class CsvLog:
+    """An append-only CSV file whose lines are always whole for a reader.
+
+    Opening it on an existing file keeps the rows up to `last_step` and drops what a killed run
+    wrote after its checkpoint, a torn last line included.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], last_step: int = 0) -> None:
+        header = ",".join(columns) + "\n"
+        kept = [header]
+        if path.exists():
+            for line in path.read_text().splitlines(keepends=True)[1:]:
+                step = line.partition(",")[0]
+                if line.endswith("\n") and step.isdigit() and int(step) <= last_step:
+                    kept.append(line)
+        write_atomically(path, "".join(kept))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+
+    def append(self, rows: Iterable[Iterable[object]]) -> None:
+        """Write rows with one system call. Floats are written so that float32 survives."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows(
+            [format(v, ".9g") if isinstance(v, float) else v for v in row] for row in rows
+        )
+        data = text.getvalue().encode()
+        while data:
+            data = data[self._file.write(data) :]
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Reading never changes it."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def config(self) -> dict:
+        import yaml
+
+        try:
+            return yaml.safe_load((self.path / "config.yaml").read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.path}/config.yaml is damaged: {error}") from None
+
+    def load_config(self) -> Config:
+        from bnexp.config import load_config
+
+        return load_config(self.path / "config.yaml")
+
+    @property
+    def environment(self) -> dict:
+        return self._json("environment.json") or {}
+
+    @property
+    def state(self) -> dict:
+        """`{"state", "step", "total_steps", "message"}`; state is `killed` when a run that says
+        it is running no longer holds its lock."""
+        state = self._json("state.json") or {"state": "unknown", "step": 0}
+        if state["state"] == "running" and not self.is_locked():
+            state["state"] = "killed"
+        return state
+
+    def comparison(self) -> dict | None:
+        return self._json("comparison.json")
+
+    def steps(self) -> dict[str, np.ndarray]:
+        """The columns of steps.csv as float64 arrays; a line being written is left out."""
+        import numpy as np
+
+        rows = self._rows("steps.csv")
+        if not rows:
+            return {name: np.empty(0) for name in STEP_COLUMNS}
+        table = np.array([[float(v) for v in row] for row in rows])
+        return {name: table[:, i] for i, name in enumerate(STEP_COLUMNS)}
+
+    def evals(self) -> list[dict]:
+        """The rows of evals.csv, numbers parsed."""
+        numbers = {"step": int, "samples": int, "accuracy": float, "loss": float, "seconds": float}
+        return [
+            {k: numbers.get(k, str)(v) for k, v in zip(EVAL_COLUMNS, row, strict=True)}
+            for row in self._rows("evals.csv")
+        ]
+
+    def write_json(self, filename: str, value: dict) -> None:
+        write_atomically(self.path / filename, _to_json(value))
+
+    def lock(self):
+        """The lock a training holds on its run; the operating system frees it with the process."""
+        from filelock import FileLock
+
+        return FileLock(self.path / ".lock", timeout=0)
+
+    def is_locked(self) -> bool:
+        from filelock import Timeout
+
+        if not (self.path / ".lock").exists():
+            return False
+        try:
+            with self.lock():
+                return False
+        except Timeout:
+            return True
+        except OSError:
+            return False
+
+    def _json(self, filename: str) -> dict | None:
+        try:
+            return json.loads((self.path / filename).read_text())
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.path / filename} is damaged: {error}") from None
+
+    def _rows(self, filename: str) -> list[list[str]]:
+        try:
+            text = (self.path / filename).read_text()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind("\n") + 1]
+        return list(csv.reader(io.StringIO(whole)))[1:]
+
+
+def create_run(config: Config, environment: dict, runs: Path = RUNS) -> Run:
+    """Make the next free `runs/<name>-<number>/`, whole or not at all.
+
+    The folder is filled under a temporary name and then renamed; a rename onto a folder that
+    another process made in the meantime fails, and the next number is tried.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{config.name}-", dir=runs))
+    try:
+        staging.chmod(0o755)
+        (staging / "checkpoints").mkdir()
+        write_atomically(staging / "config.yaml", config.to_yaml())
+        write_atomically(staging / "environment.json", _to_json(environment))
+        CsvLog(staging / "steps.csv", STEP_COLUMNS).close()
+        CsvLog(staging / "evals.csv", EVAL_COLUMNS).close()
+        number = 1 + max((n for n in map(_number_of(config.name), runs.iterdir()) if n), default=0)
+        while True:
+            target = runs / f"{config.name}-{number}"
+            try:
+                staging.rename(target)
+                return Run(target)
+            except OSError:
+                if not target.exists():
+                    raise
+                number += 1
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _number_of(name: str):
+    pattern = re.compile(re.escape(name) + r"-(\d+)")
+
+    def number(path: Path) -> int | None:
+        match = pattern.fullmatch(path.name)
+        return int(match[1]) if match else None
+
+    return number
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "steps.csv").is_file()
+
+
+def all_runs(runs: Path = RUNS) -> list[Run]:
+    """Every run below `runs`, newest first."""
+    if not runs.is_dir():
+        return []
+    found = [Run(p) for p in runs.iterdir() if not p.name.startswith(".") and is_run(p)]
+    return sorted(found, key=_created, reverse=True)
+
+
+def _created(run: Run) -> tuple:
+    number = run.name.rpartition("-")[2]
+    return (run.environment.get("created", ""), int(number) if number.isdigit() else 0)
+
+
+def find_run(given: str, runs: Path = RUNS) -> Run:
+    """The run a user named by its path or by its name below `runs`. UserError if there is none."""
+    for path in (Path(given), runs / given):
+        if is_run(path):
+            return Run(path)
+    path = Path(given)
+    if path.exists():
+        raise UserError(f"{given} is not a run folder: it has no config.yaml and steps.csv")
+    names = [run.name for run in all_runs(runs)]
+    hint = f"the newest are {', '.join(names[:3])}" if names else f"{runs}/ has none yet"
+    raise UserError(f"no run {given}; {hint}")
+
+
+def newest_finished_run(runs: Path = RUNS) -> Run:
+    for run in all_runs(runs):
+        if run.state["state"] == "finished":
+            return run
+    raise UserError(f"no finished run below {runs}/; train one: bnexp train configs/digits.yaml")

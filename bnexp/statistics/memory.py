@@ -1,0 +1,295 @@
+"""Memory for the exact sweep: how much there is, who holds it, and where the rest may wait."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import UserError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:([KMGT]I?)?B?)\s*", re.IGNORECASE)
+
+
+def memory_bound(memory: int | float | str | None, device: torch.device) -> int:
+    """The bound in bytes that the argument `memory` of `recompute_statistics` means.
+
+    None: half of what is free on `device`. An int, or a string such as "2GiB" or "500MB":
+    bytes. A float in (0, 1], or a string such as "30%": that share of what is free.
+    Raises UserError for anything else.
+    """
+    share, size = None, None
+    if memory is None:
+        share = 0.5
+    elif isinstance(memory, float):
+        share = memory
+    elif isinstance(memory, int) and not isinstance(memory, bool):
+        size = memory
+    elif isinstance(memory, str):
+        percent = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", memory)
+        match = _SIZE.fullmatch(memory)
+        if percent:
+            share = float(percent[1]) / 100
+        elif match:
+            size = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    if share is not None and 0 < share <= 1:
+        return int(share * free_memory(device))
+    if size is not None and size > 0:
+        return size
+    raise UserError(
+        f"memory={memory!r} is not an amount of memory: write '2GiB', a number of bytes, "
+        "'50%' or a share between 0 and 1"
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on `device` now (on the CPU: without swapping)."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return min(_free_host_memory(), _free_in_cgroup())
+
+
+def _free_host_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
+
+
+def _free_in_cgroup() -> int:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        return 2**63 if limit == "max" else max(0, int(limit) - used)
+    except (OSError, ValueError):
+        return 2**63
+
+
+def format_bytes(size: float) -> str:
+    """`size` bytes for people: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+class Owner:
+    """The tensor storages that one forward pass created and that still live.
+
+    bytes, peak: their size now, and the most it was. resident: what the scheduler counts.
+    away: what `Ownership.put` has moved to the store.
+    """
+
+    def __init__(self) -> None:
+        self.storages: dict[int, weakref.ref] = {}
+        self.bytes = 0
+        self.peak = 0
+        self.resident = 0
+        self.away: list[tuple[torch.UntypedStorage, int, object]] = []
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def died(_: weakref.ref) -> None:
+            del self.storages[key]
+            self.bytes -= size
+
+        self.storages[key] = weakref.ref(storage, died)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def live(self) -> list[torch.UntypedStorage]:
+        alive = [reference() for reference in list(self.storages.values())]
+        return [s for s in alive if s is not None]
+
+
+class Ownership(TorchDispatchMode):
+    """Sees every operation and notes which pass (`current`) created each storage.
+
+    A pass may also read what another one created (a cache kept by the model). If that has
+    been put away, it is brought back first, and stays.
+    """
+
+    def __init__(self, store: Store | None = None) -> None:
+        super().__init__()
+        self.current: Owner | None = None
+        self._put_away: dict[int, Owner] = {}
+        self._store = store
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing compiled runs under this mode; torch would import its compiler, for seconds.
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        read = {storage._cdata for storage in _storages((args, kwargs))}
+        if self._put_away:
+            for key in read & self._put_away.keys():
+                self._share(key)
+        result = func(*args, **kwargs)
+        if self.current is not None:
+            for storage in _storages((result,)):
+                key = storage._cdata
+                if key not in read and key not in self.current.storages:
+                    self.current.add(storage)
+        return result
+
+    def put(self, owner: Owner) -> None:
+        """Move everything `owner` has into the store; its tensors keep shape and identity."""
+        for storage in owner.live():
+            size = storage.nbytes()
+            if size and storage.resizable():
+                owner.away.append((storage, size, self._store.put(storage)))
+                storage.resize_(0)
+                self._put_away[storage._cdata] = owner
+
+    def fetch(self, owner: Owner) -> None:
+        """Undo `put`."""
+        while owner.away:
+            storage, size, place = owner.away.pop()
+            storage.resize_(size)
+            self._store.take(place, storage)
+            del self._put_away[storage._cdata]
+
+    def _share(self, key: int) -> None:
+        owner = self._put_away[key]
+        self.fetch(owner)
+        owner.bytes -= owner.storages.pop(key)().nbytes()
+        self.put(owner)
+
+
+def _storages(values: Iterable) -> Iterator[torch.UntypedStorage]:
+    for value in values:
+        if isinstance(value, Tensor):
+            try:
+                yield value.untyped_storage()
+            except (NotImplementedError, RuntimeError):
+                continue  # sparse, opaque: no storage of that kind
+        elif isinstance(value, (list, tuple)):
+            yield from _storages(value)
+        elif isinstance(value, dict):
+            yield from _storages(value.values())
+
+
+class Store:
+    """Keeps the bytes of storages elsewhere: in host memory up to a bound, then on disk.
+
+    The file has no name (or loses it when closed), so nothing is left behind, however the
+    process ends. Freed room is used again.
+    """
+
+    def __init__(self, host_bytes: int = 0) -> None:
+        self.host_left = host_bytes
+        self.error: OSError | None = None
+        self._file = None
+        self._free: list[tuple[int, int]] = []
+        self._end = 0
+
+    @staticmethod
+    def folder() -> str:
+        """Where the file would be: `tempfile`'s directory, which `TMPDIR` sets."""
+        return tempfile.gettempdir()
+
+    @staticmethod
+    def disk_left() -> int:
+        """Free bytes in `folder()`."""
+        return shutil.disk_usage(Store.folder()).free
+
+    def put(self, storage: torch.UntypedStorage) -> object:
+        """Copy a storage's bytes; returns the place to `take` them from.
+
+        An OSError (disk full) is kept in `error` and raised.
+        """
+        data = _as_tensor(storage)
+        if self.host_left >= data.numel():
+            self.host_left -= data.numel()
+            return data.cpu()
+        offset = self._allocate(data.numel())
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0, prefix="bnexp-")  # noqa: SIM115
+            self._file.seek(offset)
+            host = data.cpu()
+            rest = _view(host)
+            while rest:
+                rest = rest[self._file.write(rest[:2**30]):]
+        except OSError as error:
+            self.error = error
+            raise
+        return offset, data.numel()
+
+    def take(self, place: object, storage: torch.UntypedStorage) -> None:
+        """Copy the bytes back into `storage`, of the same size, and free their place."""
+        data = _as_tensor(storage)
+        if isinstance(place, Tensor):
+            self.host_left += place.numel()
+            data.copy_(place)
+            return
+        offset, size = place
+        self._file.seek(offset)
+        host = data if data.device.type == "cpu" else torch.empty(size, dtype=torch.uint8)
+        rest = _view(host)
+        while rest:
+            read = self._file.readinto(rest[:2**30])
+            if not read:
+                raise OSError("the temporary file ended early")
+            rest = rest[read:]
+        if host is not data:
+            data.copy_(host)
+        self._release(offset, size)
+
+    def _allocate(self, size: int) -> int:
+        for index, (offset, room) in enumerate(self._free):
+            if room >= size:
+                if room == size:
+                    del self._free[index]
+                else:
+                    self._free[index] = (offset + size, room - size)
+                return offset
+        self._end += size
+        return self._end - size
+
+    def _release(self, offset: int, size: int) -> None:
+        merged: list[tuple[int, int]] = []
+        for start, room in sorted([*self._free, (offset, size)]):
+            if merged and sum(merged[-1]) == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + room)
+            else:
+                merged.append((start, room))
+        self._free = merged
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _view(data: Tensor) -> memoryview:
+    """The bytes of a uint8 tensor on the CPU. (`numpy()` would make its storage unresizable.)"""
+    return memoryview((ctypes.c_char * data.numel()).from_address(data.data_ptr())).cast("B")
+
+
+def _as_tensor(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,463 @@
+"""Feeding any number of estimators from one training run.
+
+Training never reads running statistics, so one run can feed as many estimators of them as one
+likes. The native BN kernels leave the batch moments of all layers in one flat tensor (see
+`bnexp.nn.batchnorm.MomentsSlot`), and a step of all averaging estimators over all layers is one
+`lerp_`, with six small launches around it, however many layers there are. Nothing waits for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnexp.errors import UserError
+from bnexp.nn.batchnorm import MomentsSlot, _BatchNorm
+from bnexp.nn.convert import convert_batchnorm, unsupported_layers
+from bnexp.statistics.estimators import (
+    Cumulative,
+    Ema,
+    Estimator,
+    Pooled,
+    average_,
+    decay_of,
+    initial_mass,
+    pool_,
+    pool_window_,
+    pooled_value,
+)
+from bnexp.statistics.layers import batchnorm_layers, original_module
+from bnexp.statistics.statistics import Statistics
+
+# How many sets of layers that took part in a step are remembered on the device.
+_PATTERNS = 64
+
+
+class StatisticsTracker:
+    """Running statistics of a model's BN layers by several estimators at once.
+
+        tracker = StatisticsTracker(model, {"ema-0.9": Ema(0.9), "average": Cumulative()})
+        for x, y in batches:
+            loss(model(x), y).backward()
+            tracker.update()
+            ...
+        tracker.statistics()["average"]
+
+    While it is attached, the first estimator is what `running_mean` and `running_var` show (the
+    layers' own `momentum` has no effect), and `num_batches_tracked` counts on. Layers of
+    `torch.nn` are converted in place, and turned back by `close`. What training computes is
+    unchanged, bit for bit.
+
+    **What counts.** Every forward pass of a layer in training mode is one mini-batch for that
+    layer, as in PyTorch. Each layer counts for itself:
+
+    * gradient accumulation: `update()` after each forward pass. If a layer runs again before
+      `update()`, in eval mode or the other, or the model's `state_dict` is taken, `update()` is
+      called by itself first: nothing is lost or counted twice, at the price of one more update.
+      The same goes for a layer that is called several times in one forward pass: each call is a
+      mini-batch;
+    * layers that did not run, or ran in `eval()` mode or frozen (`freeze_batchnorm`), keep their
+      estimates, counts and buffers. `requires_grad_(False)` alone changes nothing here;
+    * activation checkpointing: the forward pass that is repeated inside the backward pass does
+      not count again (with plain PyTorch layers it does);
+    * layers with `track_running_stats=False` are left alone.
+
+    **The buffers** are views into the tracker's memory. `model.to(...)`, `half()` and
+    `load_state_dict` work at any time. A first estimator that is a plain `Ema` goes on from
+    whatever is written into them (a loaded checkpoint, `reset_running_stats`); any other first
+    estimator overwrites it in the layer's next step. Copies and pickles of the model are not
+    tracked.
+
+    Sums are kept in float64 (float32 on MPS, which has no other).
+
+    Args:
+        model: any module; its BN layers must be `torch.nn`'s, bnexp's, or subclasses of bnexp's.
+        estimators: name -> rule. Before its first mini-batch, each reports the running buffers
+            that the layer had when the tracker was made.
+
+    Raises:
+        UserError: no estimators, something else than an estimator, a layer that can't be
+            followed (`SyncBatchNorm`, a foreign subclass with its own forward, a lazy layer
+            without shape), or a model that has a tracker already. Nothing has changed then.
+    """
+
+    def __init__(self, model: nn.Module, estimators: Mapping[str, Estimator]) -> None:
+        if not estimators:
+            raise UserError("StatisticsTracker needs at least one estimator, such as Ema(0.9)")
+        for name, rule in estimators.items():
+            if not isinstance(rule, Ema | Cumulative | Pooled):
+                raise UserError(
+                    f"estimator {name!r} is {rule!r}: use Ema(decay), Cumulative() or Pooled()"
+                )
+        self.estimators = dict(estimators)
+        self._layers, self._converted = _tracked_layers(model)
+        self._groups: list[_Group] = []
+        self._closed = False
+        # For layers inside a compiled graph: the update itself is not to be traced.
+        self._feed = torch.compiler.disable(self.update)
+        self._attach()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Feed the batch moments that are waiting to all estimators. Call after each forward.
+
+        Mutates the estimators and the running buffers; needs no gradients and never waits for
+        the device. Does nothing if no layer ran since the last call. In a CUDA graph, capture it
+        together with the forward pass, after a step outside of the graph.
+        """
+        if self._closed:
+            return
+        moved = self._adopt_moved_buffers()
+        for group in self._groups:
+            group.update()
+        if moved:
+            self._move()
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, Statistics]:
+        """Estimator name -> copies of its means, variances and counts of mini-batches.
+
+        Tensors have the device and dtype of the layers' running buffers, so those of the first
+        estimator equal the buffers. Waiting moments are fed first. Synchronizes with the device.
+        """
+        self.update()
+        result = {}
+        batches = torch.zeros(len(self._layers), dtype=torch.int64)
+        for group in self._groups:
+            batches[group.layer_index] = group.counts[1].cpu()
+        count = dict(zip(self._layers, batches.tolist(), strict=True))
+        for name in self.estimators:
+            mean: dict[str, Tensor] = {}
+            var: dict[str, Tensor] = {}
+            for group in self._groups:
+                value = group.value(name).to(group.shown.dtype)
+                for layer, columns in group.columns.items():
+                    mean[layer], var[layer] = value[0, columns].clone(), value[1, columns].clone()
+            result[name] = Statistics(
+                {layer: mean[layer] for layer in self._layers},
+                {layer: var[layer] for layer in self._layers},
+                dict(count),
+            )
+        return result
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit: tensors (copies, on the CPU) and plain values.
+
+        `torch.load(..., weights_only=True)` can read it. The layers' buffers belong to the
+        model's own `state_dict`; load that as well.
+        """
+        self.update()
+        return {
+            "estimators": {name: repr(rule) for name, rule in self.estimators.items()},
+            "layers": {name: layer.num_features for name, layer in self._layers.items()},
+            **self._collect(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, on whatever device this model is.
+
+        Mutates the estimators, and the running buffers of the layers that had mini-batches.
+
+        Raises:
+            UserError: if the estimators or the layers are not the same ones in the same order.
+                Nothing has changed then.
+        """
+        ours = self.state_dict()
+        for what in ("estimators", "layers"):
+            theirs = state.get(what)
+            if not isinstance(theirs, Mapping) or list(theirs.items()) != list(ours[what].items()):
+                raise UserError(
+                    f"the saved tracker had other {what}: {_difference(theirs, ours[what])}"
+                )
+        for name, tensor in ours.items():
+            if isinstance(tensor, Tensor) and (
+                not isinstance(state.get(name), Tensor) or state[name].shape != tensor.shape
+            ):
+                raise UserError(f"the saved tracker state is damaged: {name!r} does not fit")
+        self._distribute(state)
+        for group in self._groups:
+            fed = group.counts[1].cpu() > 0
+            group.show(fed.repeat_interleave(group.widths).to(group.shown.device))
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Detach: the model is as plain as before, its buffers keep the first estimator's values.
+
+        Waiting moments are fed first. `statistics` and `state_dict` can still be read afterwards.
+        """
+        if self._closed:
+            return
+        self.update()
+        self._closed = True
+        for group in self._groups:
+            for layer, views in group.views:
+                layer._slot = None
+                layer._buffers.update({name: view.clone() for name, view in views})
+        for layer, parent in self._converted:
+            layer.__class__ = parent
+
+    def __enter__(self) -> StatisticsTracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _attach(self) -> None:
+        """Group the layers by device and dtype, and give them slots and buffers in our memory."""
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, layer in enumerate(self._layers.values()):
+            mean = layer.running_mean
+            kinds.setdefault((mean.device, mean.dtype), []).append(index)
+        self._groups = [
+            _Group(self.estimators, self._feed, self._layers, index, device)
+            for (device, _), index in kinds.items()
+        ]
+
+    def _move(self) -> None:
+        """Follow layers that have other buffers now, keeping every number."""
+        for group in self._groups:
+            for layer, views in group.views:
+                for name, view in views:
+                    layer._buffers[name].copy_(view)
+        state = self._collect()
+        self._attach()
+        self._distribute(state)
+
+    def _adopt_moved_buffers(self) -> bool:
+        """Copy the buffers that are no longer our views (moved, cast, replaced) into our memory."""
+        moved = False
+        for group in self._groups:
+            for layer, views in group.views:
+                buffers = layer._buffers
+                for name, view in views:
+                    if buffers[name] is not view:
+                        if buffers[name] is None:
+                            raise UserError(
+                                f"{name} was removed from a layer that a StatisticsTracker "
+                                "follows; close() the tracker first"
+                            )
+                        view.copy_(buffers[name])
+                        moved = True
+        return moved
+
+    def _collect(self) -> dict[str, Tensor]:
+        """The state of all groups, in the order of the model's layers."""
+        result: dict[str, Tensor] = {}
+        for group in self._groups:
+            for name, tensor, dim, index, total in group.state():
+                if name not in result:
+                    shape = list(tensor.shape)
+                    shape[dim] = total
+                    result[name] = torch.zeros(shape, dtype=_on_host(tensor.dtype))
+                result[name].index_copy_(dim, index, tensor.to("cpu", _on_host(tensor.dtype)))
+        return result
+
+    def _distribute(self, state: Mapping[str, Tensor]) -> None:
+        for group in self._groups:
+            for name, tensor, dim, index, _ in group.state():
+                tensor.copy_(state[name].cpu().index_select(dim, index))
+
+
+class _Group:
+    """The tracked layers of one device and dtype: L layers, C channels in all, flat.
+
+    batch: (2, C), the slots: batch means and unbiased variances. shown: (2, C), the layers'
+    running buffers. counts: (2, L), `num_batches_tracked` and the mini-batches fed since the
+    tracker was made; turn: (C,), the latter by channel. averages: (E, 2, C) and mass: (E, 1, C),
+    see `average_`. pools: name -> rule and blocks (B, 3, C), see `pool_window_`.
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[str, Estimator],
+        feed: Callable[[], None],
+        layers: Mapping[str, _BatchNorm],
+        index: list[int],
+        device: torch.device,
+    ) -> None:
+        names, everything = list(layers), list(layers.values())
+        mine = [everything[i] for i in index]
+        widths = torch.tensor([layer.num_features for layer in everything])
+        ends = widths.cumsum(0)
+        self.layer_index = torch.tensor(index)
+        self.channel_index = torch.cat([torch.arange(ends[i] - widths[i], ends[i]) for i in index])
+        self.layers_in_all, self.channels_in_all = len(everything), int(ends[-1])
+        self.widths = widths[self.layer_index]
+        starts = (self.widths.cumsum(0) - self.widths).tolist()
+        self.columns = {
+            names[i]: slice(start, start + everything[i].num_features)
+            for i, start in zip(index, starts, strict=True)
+        }
+
+        self.shown = torch.stack([
+            torch.cat([layer.running_mean for layer in mine]),
+            torch.cat([layer.running_var for layer in mine]),
+        ])
+        self.batch = torch.zeros_like(self.shown)
+        self.counts = torch.zeros(2, len(mine), dtype=torch.int64, device=device)
+        self.views: list[tuple[_BatchNorm, list[tuple[str, Tensor]]]] = []
+        self.slots: list[MomentsSlot] = []
+        # `.data`: a version counter of their own. Autograd saves buffers and slots in a forward
+        # pass and would take our updates, which its backward pass doesn't read, for a mistake.
+        # And what is written into running buffers behind our back shows in theirs.
+        self.buffers = self.shown.data
+        self.known_version = -1
+        for i, (layer, columns) in enumerate(zip(mine, self.columns.values(), strict=True)):
+            mean, var = self.buffers[:, columns]
+            views = [("running_mean", mean), ("running_var", var)]
+            if layer.num_batches_tracked is not None:
+                self.counts[0, i].copy_(layer.num_batches_tracked)
+                views.append(("num_batches_tracked", self.counts[0, i]))
+            layer._buffers.update(views)
+            self.views.append((layer, views))
+            # One counter for each: a compiled layer's writes count, a native kernel's don't.
+            mean, var = self.batch[:, columns]
+            layer._slot = MomentsSlot(feed, mean.data, var.data)
+            self.slots.append(layer._slot)
+
+        averaging = {name: rule for name, rule in rules.items() if not isinstance(rule, Pooled)}
+        self.row = {name: row for row, name in enumerate(averaging)}
+        channels = self.shown.shape[1]
+        options = {"dtype": torch.float32 if device.type == "mps" else torch.float64,
+                   "device": device}
+        self.untouched = self.shown.to(**options, copy=True)
+        self.averages = self.untouched.repeat(len(averaging), 1, 1)
+        decays = [decay_of(rule) for rule in averaging.values()]
+        self.decay = torch.tensor(decays, **options).view(-1, 1, 1)
+        masses = [initial_mass(rule) for rule in averaging.values()]
+        self.mass = torch.tensor(masses, **options).view(-1, 1, 1).repeat(1, 1, channels)
+        self.pools = {
+            name: (rule, torch.zeros(rule.blocks, 3, channels, **options))
+            for name, rule in rules.items() if isinstance(rule, Pooled)
+        }
+        self.turn = torch.zeros(channels, dtype=torch.int64, device=device)
+        self.values: list[int] = []
+        self.count = self.untouched[0]
+        self.seen: dict[tuple[bool, ...], tuple[Tensor, Tensor]] = {}
+        self.shows = next(iter(rules))
+        first = rules[self.shows]
+        self.continues_from_buffers = isinstance(first, Ema) and not first.debias
+
+    def update(self) -> None:
+        filled = tuple(slot.filled for slot in self.slots)
+        for slot in self.slots:
+            slot.filled = slot.busy = False
+        if not any(filled):
+            return
+        channels, layers = (None, 1) if all(filled) else self._which(filled)
+        batch = self.batch.to(self.untouched.dtype)
+        if self.row:
+            if self.continues_from_buffers and self.buffers._version != self.known_version:
+                self._take_over_buffers()
+            average_(self.averages, self.mass, self.decay, batch, channels)
+        if self.pools:
+            self._pool(batch, channels)
+        self.counts.add_(layers)
+        self.show(channels)
+
+    def _which(self, filled: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        """(C,) and (L,) bool: the channels and layers that ran, uploaded once per set of them."""
+        if filled not in self.seen:
+            if len(self.seen) >= _PATTERNS:
+                self.seen.clear()
+            layers = torch.tensor(filled)
+            device = self.shown.device
+            self.seen[filled] = layers.repeat_interleave(self.widths).to(device), layers.to(device)
+        return self.seen[filled]
+
+    def _take_over_buffers(self) -> None:
+        """Something else has written into the buffers: the first EMA goes on from there."""
+        running = self.averages[self.row[self.shows]]
+        running.copy_(torch.where(self.shown == running.to(self.shown.dtype), running, self.shown))
+        self.known_version = self.buffers._version
+
+    def _pool(self, batch: Tensor, channels: Tensor | None) -> None:
+        values = [slot.values for slot in self.slots]
+        if values != self.values:
+            count = torch.tensor(values).repeat_interleave(self.widths)
+            self.count = count.to(batch.device, batch.dtype)
+            self.values = values
+        for rule, blocks in self.pools.values():
+            if rule.window is None:
+                pool_(blocks[0], self.count, batch, channels)
+            else:
+                pool_window_(blocks, self.turn, rule.block_length, self.count, batch, channels)
+        self.turn.add_(1 if channels is None else channels)
+
+    def value(self, name: str) -> Tensor:
+        """(2, C) means and variances by the estimator `name`; may be its own memory."""
+        if name in self.row:
+            return self.averages[self.row[name]]
+        return pooled_value(self.pools[name][1], self.untouched)
+
+    def show(self, channels: Tensor | None) -> None:
+        """Write the first estimator into the running buffers of the channels (C,) bool, or all."""
+        value = self.value(self.shows)
+        self.shown.copy_(value if channels is None else torch.where(channels, value, self.shown))
+
+    def state(self) -> list[tuple[str, Tensor, int, Tensor, int]]:
+        """What to save: name, tensor, the dimension along which layers or channels lie, which of
+        the model's they are, and how many the model has."""
+        of_layers = (self.layer_index, self.layers_in_all)
+        of_channels = (self.channel_index, self.channels_in_all)
+        return [
+            ("mini_batches", self.counts[1], 0, *of_layers),
+            ("untouched", self.untouched, 1, *of_channels),
+            ("averages", self.averages, 2, *of_channels),
+            ("mass", self.mass, 2, *of_channels),
+            ("turn", self.turn, 0, *of_channels),
+            *(
+                (f"pool {name}", blocks, 2, *of_channels)
+                for name, (_, blocks) in self.pools.items()
+            ),
+        ]
+
+
+def _tracked_layers(
+    model: nn.Module,
+) -> tuple[dict[str, _BatchNorm], list[tuple[_BatchNorm, type[nn.Module]]]]:
+    """The layers to follow, as bnexp's layers, and those converted for it with their own class."""
+    layers = batchnorm_layers(model)
+    module = original_module(model)
+    for name, layer in unsupported_layers(module).items():
+        raise UserError(
+            f"layer {name!r} is a {type(layer).__name__}, a class of its own that a "
+            "StatisticsTracker cannot follow; use torch.nn.BatchNorm1d/2d/3d or subclass bnexp's"
+        )
+    layers = {name: layer for name, layer in layers.items() if layer.running_mean is not None}
+    for name, layer in layers.items():
+        if getattr(layer, "_slot", None) is not None:
+            raise UserError(
+                f"layer {name!r} has a StatisticsTracker already: close() it, or give all "
+                "estimators to one tracker"
+            )
+    converted = [(layer, type(layer)) for layer in layers.values()
+                 if not isinstance(layer, _BatchNorm)]
+    for layer, _ in converted:
+        convert_batchnorm(layer)
+    return layers, converted
+
+
+def _on_host(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def _difference(theirs: object, ours: Mapping[str, Any]) -> str:
+    if not isinstance(theirs, Mapping):
+        return "it has none"
+    for mine, saved in zip(ours.items(), theirs.items(), strict=False):
+        if mine != saved:
+            return f"{saved[0]!r}: {saved[1]}, here {mine[0]!r}: {mine[1]}"
+    return f"{len(theirs)} of them, here {len(ours)}"

@@ -1,0 +1,123 @@
+"""Checkpoints: whole or absent, checked when read, and never able to run code.
+
+A checkpoint is what `torch.save` writes: a zip archive whose entries carry CRC-32 checksums.
+torch does not verify them when it reads; `load_checkpoint` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from bnexp.errors import RunFailed, UserError
+
+FORMAT = 1
+
+
+def save_checkpoint(folder: Path, state: dict, keep: int, best: bool) -> Path:
+    """Write `state` (tensors, numbers, strings, lists, dicts; its key `step` names the file).
+
+    The file is written under a temporary name, synced and renamed, so that a crash at any moment
+    leaves either the former checkpoints or those and this one. Only then the oldest beyond `keep`
+    are removed. With `best`, it is also what best.pt names from now on.
+    """
+    path = folder / f"step-{state['step']:09d}.pt"
+    with _published(path) as temporary, open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if best:
+        with _published(folder / "best.pt") as temporary:
+            temporary.unlink()
+            try:
+                os.link(path, temporary)
+            except OSError:
+                shutil.copyfile(path, temporary)
+    for old in step_checkpoints(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def _published(path: Path):
+    """A temporary path that becomes `path` when the block ends well, and vanishes otherwise."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_torn(folder: Path) -> None:
+    """Remove what a killed process had not finished writing."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of single steps, newest first."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The state in the file at `path`, its tensors on the CPU.
+
+    Raises UserError if there is no such file, if it is damaged, if it is not bnexp's, or if it
+    holds anything but plain data; nothing in it is ever executed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than plain data and was not loaded: it could run code"
+        ) from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} is damaged: {reason}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this version of bnexp")
+    return state
+
+
+def newest_checkpoint(folder: Path) -> tuple[dict | None, list[str]]:
+    """The newest whole checkpoint, and one line for each damaged one that was passed over.
+
+    None if the run died before its first checkpoint; RunFailed if there are only damaged ones.
+    """
+    paths = [path for path in [*step_checkpoints(folder), folder / "best.pt"] if path.exists()]
+    damaged = []
+    for path in paths:
+        try:
+            return load_checkpoint(path), [f"{error}; using the one before" for error in damaged]
+        except UserError as error:
+            damaged.append(error)
+    if damaged:
+        raise RunFailed(f"no whole checkpoint to go on from: {damaged[0]}")
+    return None, []

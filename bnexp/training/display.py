@@ -1,0 +1,76 @@
+"""What a person sees of a training: a live line on a terminal, occasional lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+REDRAW_SECONDS = 0.1
+PLAIN_SECONDS = 10.0
+
+
+class Display:
+    """Progress and warnings on stderr. Use it as a context manager."""
+
+    def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None):
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._total = total_steps
+        self._first_step = first_step
+        self._started = time.monotonic()
+        self._shown = self._started
+        self._images = 0
+        self._test = ""
+        self._row: tuple | None = None
+        self._progress = None
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.completed}/{task.total}"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                auto_refresh=False,
+            )
+            self._task = self._progress.add_task(
+                "", total=total_steps, completed=first_step, numbers=""
+            )
+
+    def __enter__(self) -> Display:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._progress:
+            self._progress.refresh()
+            self._progress.stop()
+
+    def step(self, step: int, images: int) -> bool:
+        """Note that update `step` was launched; True when fresh numbers should be shown."""
+        self._images += images
+        now = time.monotonic()
+        interval = REDRAW_SECONDS if self._progress else PLAIN_SECONDS
+        if now - self._shown < interval and step < self._total:
+            return False
+        self._shown = now
+        return True
+
+    def numbers(self, row: tuple | None) -> None:
+        """Show a row of steps.csv."""
+        if row is None:
+            return
+        step, epoch, lr, loss, _, ema = row
+        rate = self._images / max(1e-9, time.monotonic() - self._started)
+        text = f"loss {loss:.4f}  EMA train {ema:.2%}{self._test}  {rate:,.0f} img/s"
+        if self._progress:
+            self._progress.update(self._task, completed=step, numbers=text, refresh=True)
+        else:
+            self.line(f"step {step}/{self._total}  epoch {epoch}  lr {lr:.2g}  {text}")
+
+    def test_accuracy(self, accuracy: float) -> None:
+        self._test = f"  test {accuracy:.2%}"
+
+    def line(self, text: str) -> None:
+        self.console.print(text, markup=False)

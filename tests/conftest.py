@@ -1,0 +1,168 @@
+"""Runs the real command in real processes, without paying for `import torch` each time.
+
+A server process imports bnexp once and forks for every command: the child is a process of its own,
+with its own working directory, limits and signals, and can be killed like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+
+needs_fashion_mnist = pytest.mark.skipif(
+    not FASHION_MNIST.exists(), reason="Fashion-MNIST is not installed"
+)
+
+_SERVER = r"""
+import json, os, resource, signal, sys
+import bnexp.cli
+import torch._dynamo, scipy.stats
+import bnexp.training.loop, bnexp.cli.tables, bnexp.report.figures, bnexp.cli.eval
+import torch
+torch.set_num_threads(1)
+
+def child(job):
+    os.chdir(job["cwd"])
+    os.environ.update(job["env"])
+    if job["file_size_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size_limit"],) * 2)
+    for number, path in ((1, job["stdout"]), (2, job["stderr"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = ["bnexp", *job["arguments"]]
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", closefd=False, buffering=1)
+    code = 0
+    try:
+        bnexp.cli.main()
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else int(bool(exit.code))
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        child(job)
+    print(pid, flush=True)
+    if sys.stdin.readline() != "wait\n":
+        break
+    _, status = os.waitpid(pid, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@dataclass
+class Finished:
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Command:
+    """One running `bnexp` command; `pid` is its own."""
+
+    def __init__(self, server: subprocess.Popen, pid: int, folder: Path) -> None:
+        self._server = server
+        self.pid = pid
+        self._folder = folder
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    @property
+    def stderr(self) -> str:
+        return (self._folder / "stderr").read_text()
+
+    def wait(self) -> Finished:
+        self._server.stdin.write("wait\n")
+        self._server.stdin.flush()
+        code = int(self._server.stdout.readline())
+        return Finished(code, (self._folder / "stdout").read_text(), self.stderr)
+
+
+class Commands:
+    """Starts `bnexp` commands in the working directory `cwd`, one at a time per server."""
+
+    def __init__(self, server: subprocess.Popen, cwd: Path, logs: Path) -> None:
+        self._server = server
+        self.cwd = cwd
+        self._logs = logs
+
+    def start(self, *arguments: object, file_size_limit: int = 0, **env: str) -> Command:
+        folder = self._logs / str(time.monotonic_ns())
+        folder.mkdir()
+        job = {
+            "arguments": [str(a) for a in arguments],
+            "cwd": str(self.cwd),
+            "env": {"COLUMNS": "160", **env},
+            "file_size_limit": file_size_limit,
+            "stdout": str(folder / "stdout"),
+            "stderr": str(folder / "stderr"),
+        }
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        return Command(self._server, int(self._server.stdout.readline()), folder)
+
+    def __call__(self, *arguments: object, **options) -> Finished:
+        return self.start(*arguments, **options).wait()
+
+
+def _start_server() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture(scope="session")
+def command_server():
+    server = _start_server()
+    yield server
+    server.stdin.close()
+    server.send_signal(signal.SIGTERM)
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def second_command_server():
+    server = _start_server()
+    yield server
+    server.stdin.close()
+    server.send_signal(signal.SIGTERM)
+    server.wait()
+
+
+@pytest.fixture
+def bnexp(command_server, tmp_path, tmp_path_factory) -> Commands:
+    """`bnexp("train", "config.yaml")` in an empty folder."""
+    return Commands(command_server, tmp_path, tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture
+def bnexp_beside(second_command_server, tmp_path, tmp_path_factory) -> Commands:
+    """The same in the same folder, for a second process at the same time."""
+    return Commands(second_command_server, tmp_path, tmp_path_factory.mktemp("logs"))

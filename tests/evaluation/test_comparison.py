@@ -1,0 +1,311 @@
+"""The statistics of a comparison against scipy, statsmodels, scikit-learn and published tables."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+from sklearn.metrics import recall_score
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import DescrStatsW
+
+from bnexp.errors import UserError
+from bnexp.evaluation.comparison import (
+    Comparison,
+    compare,
+    expected_calibration_error,
+    holm,
+    mcnemar_p,
+    paired_counts,
+    paired_interval,
+    summarize_seeds,
+    t_interval,
+    wilson_interval,
+)
+from bnexp.evaluation.predictions import Predictions
+
+
+def found(rng, labels, accuracy, classes):
+    n = len(labels)
+    wrong = (labels + rng.integers(1, classes, n)) % classes
+    predicted = np.where(rng.random(n) < accuracy, labels, wrong)
+    confidence = rng.uniform(1 / classes, 1, n).astype(np.float32)
+    return Predictions(predicted, labels, rng.exponential(0.3, n).astype(np.float32), confidence)
+
+
+# ------------------------------------------------------------------------ single statistics
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [  # Newcombe 1998, Statistics in Medicine 17, 857-872, Table I, score method
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_agrees_with_newcombes_table(successes, n, low, high):
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_wilson_interval_agrees_with_statsmodels(n, share):
+    successes = round(share * n)
+    expected = proportion_confint(successes, n, method="wilson")
+    assert wilson_interval(successes, n) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n", "low", "high"),
+    [
+        # airway reactivity before and after stem cell transplantation (Bentur et al. 2009) and
+        # response before and after consolidation therapy (Cavo et al. 2012), with Tango's interval
+        # as in Fagerland, Lydersen & Laake, Statistical Analysis of Contingency Tables, ch. 8
+        (1, 7, 21, -0.5172, -0.0260),
+        (6, 16, 161, -0.1240, -0.0054),
+    ],
+)
+def test_paired_interval_agrees_with_published_tables(gained, lost, n, low, high):
+    assert paired_interval(gained, lost, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def score_statistic(gained, lost, n, d):
+    """Tango's statistic with the nuisance parameter found by maximizing the likelihood."""
+
+    def minus_log_likelihood(q):
+        p = (q + d, q, 1 - 2 * q - d)
+        counts = (gained, lost, n - gained - lost)
+        return -sum(c * np.log(max(v, 1e-300)) for c, v in zip(counts, p, strict=True) if c)
+
+    low, high = max(0.0, -d), (1 - d) / 2
+    q = optimize.minimize_scalar(
+        minus_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-13}
+    ).x
+    return (gained - lost - n * d) / np.sqrt(n * (2 * q + d * (1 - d)))
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_paired_interval_ends_where_the_score_statistic_is_at_the_quantile(gained, lost, rest):
+    n = gained + lost + rest
+    low, high = paired_interval(gained, lost, n)
+    z = stats.norm.ppf(0.975)
+    assert score_statistic(gained, lost, n, low) == pytest.approx(z, rel=1e-3)
+    assert score_statistic(gained, lost, n, high) == pytest.approx(-z, rel=1e-3)
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 10_000))
+@settings(max_examples=100, deadline=None)
+def test_paired_interval_excludes_zero_exactly_where_mcnemars_score_test_rejects(
+    gained, lost, rest
+):
+    n = gained + lost + rest
+    if n == 0:
+        return
+    low, high = paired_interval(gained, lost, n)
+    assert -1 <= low <= (gained - lost) / n <= high <= 1
+    assert low < high
+    table = [[0, gained], [lost, rest]]
+    p = mcnemar(table, exact=False, correction=False).pvalue if gained + lost else 1.0
+    assert (low > 0 or high < 0) == (p < 0.05)
+
+
+def test_paired_interval_without_a_discordant_sample_is_not_a_point():
+    z2 = stats.norm.ppf(0.975) ** 2
+    expected = z2 / (10_000 + z2)  # the closed form of that case
+    assert paired_interval(0, 0, 10_000) == pytest.approx((-expected, expected), rel=1e-6)
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+@settings(max_examples=50, deadline=None)
+def test_mcnemar_p_agrees_with_statsmodels(gained, lost):
+    expected = mcnemar([[5, gained], [lost, 7]], exact=True).pvalue if gained + lost else 1.0
+    assert mcnemar_p(gained, lost) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_p_agrees_with_a_published_table():
+    assert mcnemar_p(6, 16) == pytest.approx(0.052479, abs=5e-7)  # Cavo et al. 2012, as above
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+@settings(max_examples=12, deadline=None)
+def test_holm_agrees_with_statsmodels(p_values):
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
+
+
+def test_t_interval_agrees_with_statsmodels():
+    values = np.random.default_rng(0).exponential(size=37)
+    assert t_interval(values) == pytest.approx(DescrStatsW(values).tconfint_mean())
+    assert t_interval(np.array([1.0])) is None
+    assert t_interval(np.array([1.0, np.inf])) is None
+
+
+def test_calibration_error_is_the_sum_of_its_definition():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.05, 1, 5000).astype(np.float32)
+    correct = rng.random(5000) < confidence**2
+    expected = 0.0
+    for m in range(1, 16):
+        inside = (confidence > (m - 1) / 15) & (confidence <= m / 15)
+        if inside.any():
+            gap = abs(correct[inside].mean() - confidence[inside].mean(dtype=np.float64))
+            expected += inside.sum() / 5000 * gap
+    assert expected_calibration_error(confidence, correct) == pytest.approx(expected, abs=1e-7)
+    assert expected > 0.1
+
+
+def test_calibration_error_of_certain_and_of_broken_predictions():
+    ones, right = np.ones(4, dtype=np.float32), np.array([True, True, True, False])
+    assert expected_calibration_error(ones, right) == pytest.approx(0.25)
+    broken = np.full(4, np.nan, dtype=np.float32)
+    assert expected_calibration_error(broken, np.zeros(4, dtype=bool)) == 0.0
+
+
+# ------------------------------------------------------------------------ the comparison
+
+
+@pytest.fixture(scope="module")
+def predictions():
+    rng = np.random.default_rng(7)
+    labels = rng.integers(0, 5, 1200)
+    first = found(rng, labels, 0.80, 5)
+    second = found(rng, labels, 0.90, 5)
+    third = Predictions(first.predicted.copy(), labels, first.loss + 0.1, first.confidence)
+    third.predicted[:20] = (labels[:20] + 1) % 5
+    return {"running": first, "recomputed": second, "ema-0.99": third}
+
+
+@pytest.fixture(scope="module")
+def comparison(predictions):
+    return compare(predictions, "running", "abcde")
+
+
+def test_accuracy_per_class_is_recall(predictions, comparison):
+    for kind in comparison.kinds:
+        f = predictions[kind.name]
+        expected = recall_score(f.labels, f.predicted, average=None)
+        assert kind.class_accuracy == pytest.approx(expected.tolist())
+        base = recall_score(f.labels, predictions["running"].predicted, average=None)
+        if kind.versus_baseline:
+            difference = kind.versus_baseline.class_difference
+            assert difference == pytest.approx((expected - base).tolist())
+
+
+def test_changes_are_counted_sample_by_sample(predictions, comparison):
+    base = predictions["running"]
+    for name in ("recomputed", "ema-0.99"):
+        f, counts = predictions[name], {"gained": 0, "lost": 0, "other": 0, "same": 0}
+        for label, before, after in zip(f.labels, base.predicted, f.predicted, strict=True):
+            if before == after:
+                counts["same"] += 1
+            elif after == label:
+                counts["gained"] += 1
+            elif before == label:
+                counts["lost"] += 1
+            else:
+                counts["other"] += 1
+        paired = comparison[name].versus_baseline
+        assert (paired.gained, paired.lost) == (counts["gained"], counts["lost"])
+        assert (paired.gained, paired.lost) == paired_counts(base.correct, f.correct)
+        assert paired.wrong_to_other_wrong == counts["other"]
+        assert paired.changed == len(f) - counts["same"]
+        assert sum(paired.class_gained) == paired.gained
+        assert sum(paired.class_lost) == paired.lost
+        difference = comparison[name].accuracy - comparison["running"].accuracy
+        assert paired.difference == pytest.approx(difference)
+
+
+def test_p_values_are_corrected_over_the_kinds_tested(predictions, comparison):
+    base = predictions["running"]
+    raw = []
+    for kind in comparison.kinds[1:]:
+        f = predictions[kind.name]
+        table = [[0, (f.correct & ~base.correct).sum()], [(base.correct & ~f.correct).sum(), 0]]
+        raw.append(mcnemar(table, exact=True).pvalue)
+    corrected = multipletests(raw, method="holm")[1]
+    found_p = [(k.versus_baseline.p, k.versus_baseline.p_holm) for k in comparison.kinds[1:]]
+    assert found_p == [pytest.approx(pair) for pair in zip(raw, corrected, strict=True)]
+
+
+def test_loss_and_its_paired_difference(predictions, comparison):
+    base, f = predictions["running"], predictions["ema-0.99"]
+    kind = comparison["ema-0.99"]
+    assert kind.loss == pytest.approx(f.loss.mean(dtype=np.float64))
+    expected = DescrStatsW(f.loss.astype(np.float64)).tconfint_mean()
+    assert kind.loss_interval == pytest.approx(expected)
+    difference = f.loss.astype(np.float64) - base.loss
+    assert kind.versus_baseline.loss_difference == pytest.approx(difference.mean())
+    expected = DescrStatsW(difference).tconfint_mean()
+    assert kind.versus_baseline.loss_difference_interval == pytest.approx(expected)
+
+
+def test_baseline_comes_first_and_chance_is_the_most_frequent_class(predictions):
+    reordered = {name: predictions[name] for name in ("ema-0.99", "recomputed", "running")}
+    comparison = compare(reordered, "running", "abcde")
+    assert [k.name for k in comparison.kinds] == ["running", "ema-0.99", "recomputed"]
+    assert comparison.kinds[0].versus_baseline is None
+    labels = predictions["running"].labels
+    assert comparison.chance == pytest.approx(np.bincount(labels).max() / len(labels))
+
+
+def test_survives_json_without_nan(predictions):
+    broken = Predictions(
+        np.full(1200, -1),
+        predictions["running"].labels,
+        np.full(1200, np.nan, dtype=np.float32),
+        np.full(1200, np.nan, dtype=np.float32),
+    )
+    rows = [{"name": "bn1", "mean_drift": 0.1}]
+    comparison = compare(
+        {"running": predictions["running"], "batch": broken},
+        "running",
+        ["a", "b", "c", "d", "e", "no samples"],
+        layers={"batch": rows},
+    )
+    text = json.dumps(comparison.to_dict(), allow_nan=False)
+    assert Comparison.from_dict(json.loads(text)) == comparison
+    assert Comparison.from_dict({**json.loads(text), "step": 500}) == comparison
+    assert comparison["batch"].broken == 1200
+    assert comparison["batch"].loss is None
+    assert comparison["batch"].class_accuracy[-1] is None
+    assert comparison.layers == {"batch": rows}
+
+
+def test_different_samples_are_refused(predictions):
+    other = found(np.random.default_rng(1), predictions["running"].labels[::-1].copy(), 0.5, 5)
+    with pytest.raises(UserError, match="not evaluated on the same samples"):
+        compare({"running": predictions["running"], "other": other}, "running", "abcde")
+    with pytest.raises(UserError, match="baseline"):
+        compare(predictions, "recompute", "abcde")
+
+
+# ------------------------------------------------------------------------ several seeds
+
+
+def test_seeds_are_paired():
+    rng = np.random.default_rng(0)
+    running = 0.9 + 0.01 * rng.standard_normal(6)
+    recomputed = running + 0.004 + 0.0005 * rng.standard_normal(6)
+    first, second = summarize_seeds({"running": running, "recomputed": recomputed}, "running")
+    assert first.interval == pytest.approx(DescrStatsW(running).tconfint_mean())
+    assert first.difference is None
+    assert second.mean == pytest.approx(recomputed.mean())
+    test = stats.ttest_rel(recomputed, running).confidence_interval(0.95)
+    assert second.difference_interval == pytest.approx((test.low, test.high))
+    assert second.standard_deviation == pytest.approx(recomputed.std(ddof=1))
+
+
+def test_one_seed_has_no_interval_and_unequal_seeds_are_refused():
+    (only,) = summarize_seeds({"running": [0.9]}, "running")
+    assert only.interval is None
+    assert only.standard_deviation is None
+    with pytest.raises(UserError, match="same seeds"):
+        summarize_seeds({"running": [0.9, 0.8], "batch": [0.9]}, "running")

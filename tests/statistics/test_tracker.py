@@ -1,0 +1,549 @@
+"""StatisticsTracker on whole models: what counts, what the buffers show, what is saved."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from bnexp.errors import UserError
+from bnexp.nn import BatchNorm2d, convert_batchnorm
+from bnexp.statistics.estimators import Cumulative, Ema, Pooled
+from bnexp.statistics.statistics import Statistics, running_statistics
+from bnexp.statistics.tracker import StatisticsTracker
+
+ALL = {
+    "ema": Ema(0.9), "slow": Ema(0.99), "debiased": Ema(0.99, debias=True), "mean": Cumulative(),
+    "pooled": Pooled(), "window": Pooled(2),
+}
+
+
+def network(norm=nn.BatchNorm2d, **options):
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3), norm(5, **options), nn.ReLU(), nn.Conv2d(5, 4, 3), norm(4, **options),
+        nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6, **options))
+
+
+def batches(n, seed=0, size=6):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size + i % 3, 3, 8, 8, generator=generator) * 2 + i for i in range(n)]
+
+
+class Oracle:
+    """What every BN layer of a plain network got, by float64 numpy, through forward hooks."""
+
+    def __init__(self, model):
+        self.values = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                self.values[name] = []
+                layer.register_forward_pre_hook(
+                    lambda layer, args, name=name: self.values[name].append(
+                        args[0].detach().double().transpose(0, 1).flatten(1).numpy().copy())
+                    if layer.training else None)
+
+    def check(self, statistics: dict[str, Statistics], rtol=1e-5):
+        for name, inputs in self.values.items():
+            mean = np.array([x.mean(1) for x in inputs])
+            var = np.array([x.var(1, ddof=1) for x in inputs])
+            expected = {
+                "mean": (mean.mean(0), var.mean(0)),
+                "pooled": _pooled(inputs), "window": _pooled(inputs[-2:]),
+                "debiased": (_ema(mean, 0.99), _ema(var, 0.99)),
+                "ema": (_ema(mean, 0.9, 0.0), _ema(var, 0.9, 1.0)),
+                "slow": (_ema(mean, 0.99, 0.0), _ema(var, 0.99, 1.0)),
+            }
+            for estimator, result in statistics.items():
+                for got, want in zip(
+                    (result.mean[name], result.var[name]), expected[estimator], strict=True
+                ):
+                    np.testing.assert_allclose(
+                        got.double(), want, rtol=rtol, atol=1e-5, err_msg=f"{estimator} {name}")
+                assert result.count[name] == len(inputs)
+
+
+def _pooled(inputs):
+    values = np.concatenate(inputs, axis=1)
+    return values.mean(1), values.var(1, ddof=1)
+
+
+def _ema(values, decay, start=None):
+    total = np.zeros(values.shape[1]) if start is None else np.full(values.shape[1], start)
+    for value in values:
+        total = decay * total + (1 - decay) * value
+    return total if start is not None else total / (1 - decay ** len(values))
+
+
+@pytest.mark.parametrize("first", list(ALL))
+def test_every_estimator_from_one_run(first):
+    model = network()
+    oracle = Oracle(model)
+    tracker = StatisticsTracker(model, {first: ALL[first], **ALL})
+    for x in batches(7):
+        model(x).sum().backward()
+        tracker.update()
+        shown = running_statistics(model)
+    statistics = tracker.statistics()
+    assert list(statistics) == list(tracker.estimators)
+    oracle.check(statistics)
+    for name in shown.names:
+        assert torch.equal(shown.mean[name], statistics[first].mean[name])
+        assert torch.equal(shown.var[name], statistics[first].var[name])
+        assert shown.count[name] == 7
+
+
+def test_offsets_cost_no_digits_over_many_steps():
+    """1000 ± 0.1: an average kept in float32 would stand still at a decay of 0.9999."""
+    layer = nn.BatchNorm1d(1, dtype=torch.float64)
+    tracker = StatisticsTracker(
+        layer.float(), {"slow": Ema(0.9999, debias=True), "mean": Cumulative(), "pool": Pooled()})
+    means = []
+    for i in range(3000):
+        x = torch.tensor([[1000.0 + i / 3000], [1000.25 + i / 3000]])
+        means.append(x.double().mean().item())
+        layer(x)
+        tracker.update()
+    statistics = tracker.statistics()
+    weights = 0.9999 ** np.arange(2999, -1, -1.0)
+    assert abs(statistics["mean"].mean[""].item() - np.mean(means)) < 1e-4
+    assert abs(statistics["slow"].mean[""].item() - np.average(means, weights=weights)) < 1e-4
+    assert abs(statistics["pool"].mean[""].item() - np.mean(means)) < 1e-4
+
+
+def test_update_launches_do_not_grow_with_layers_and_read_nothing_back():
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def calls(layers):
+        model = nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(layers)])
+        tracker = StatisticsTracker(model, ALL)
+        for _ in range(2):
+            model(torch.randn(4, 3))
+            with Count() as count:
+                tracker.update()
+        return count.calls
+
+    few, many = calls(1), calls(60)
+    assert few == many
+    assert not any("_local_scalar_dense" in call or "nonzero" in call for call in many)
+
+    model = nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(30)])
+    tracker = StatisticsTracker(model, {f"e{i}": Ema(i / 10) for i in range(8)})
+    model(torch.randn(4, 3))
+    tracker.update()
+    model(torch.randn(4, 3))
+    with Count() as count:
+        tracker.update()
+    assert len(count.calls) <= 10
+
+
+def test_gradient_accumulation_every_forward_counts_with_or_without_update():
+    """In every order of forward passes and updates, what torch.nn counts."""
+    results = []
+    for updates in ([0, 1, 2, 3, 4, 5], [1, 3, 5], [], [0, 0, 5, 5, 5]):
+        model = network()
+        oracle = Oracle(model)
+        tracker = StatisticsTracker(model, ALL)
+        for i, x in enumerate(batches(6)):
+            model(x).sum().backward()
+            for _ in range(updates.count(i)):
+                tracker.update()
+        results.append(tracker.statistics())
+        oracle.check(results[-1])
+        assert model[1].num_batches_tracked == 6
+    for other in results[1:]:
+        for name, statistics in other.items():
+            for layer in statistics.names:
+                assert torch.equal(statistics.var[layer], results[0][name].var[layer])
+
+
+def test_update_between_forward_and_backward_with_frozen_neighbours():
+    """Autograd must not take an update for a change of something it needs."""
+    model, reference = network(), network()
+    for m in (model, reference):
+        m[1].eval()
+    tracker = StatisticsTracker(model, ALL)
+    for x in batches(3):
+        a, b = model(x), reference(x)
+        tracker.update()
+        a, b = a + model(x), b + reference(x)
+        tracker.update()
+        ga = torch.autograd.grad(a.square().sum(), model.parameters())
+        gb = torch.autograd.grad(b.square().sum(), reference.parameters())
+        assert all(torch.equal(p, q) for p, q in zip(ga, gb, strict=True))
+    torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
+
+
+def test_one_layer_compiled_and_its_neighbour_not():
+    """What the compiled layer writes must not look to autograd like a change of the other's."""
+    model, reference = network(), network()
+    tracker = StatisticsTracker(model, ALL)
+    model[4].compile(backend="aot_eager")
+    for x in batches(2):
+        for m in (model, reference):
+            m(x).square().sum().backward()
+        tracker.update()
+    torch.testing.assert_close(
+        dict(model.named_buffers()), dict(reference.named_buffers()), rtol=1e-4, atol=1e-5)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bns = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(2), nn.BatchNorm1d(3)])
+
+    def forward(self, x, which):
+        for i in which:
+            x[i] = self.bns[i](x[i])
+        return x
+
+
+@pytest.mark.parametrize("first", list(ALL))
+def test_each_layer_counts_for_itself(first):
+    """Layers skipped, called several times and in eval mode, at random."""
+    model, reference = Branches(), Branches()
+    oracle = Oracle(model)
+    tracker = StatisticsTracker(model, {first: ALL[first], **ALL})
+    random = np.random.default_rng(0)
+    for step in range(30):
+        which = random.integers(0, 3, size=random.integers(0, 5)).tolist()
+        for i in range(3):
+            training = bool(random.random() < 0.8)
+            model.bns[i].train(training)
+            reference.bns[i].train(training)
+        x = [torch.randn(4, c) + step for c in (3, 2, 3)]
+        model(list(x), which)
+        reference(list(x), which)
+        if random.random() < 0.8:
+            tracker.update()
+    for i in range(3):
+        assert len(oracle.values[f"bns.{i}"]) > 3
+        assert reference.bns[i].num_batches_tracked == len(oracle.values[f"bns.{i}"])
+    oracle.check(tracker.statistics())
+    assert [b.num_batches_tracked for b in model.bns] == [
+        b.num_batches_tracked for b in reference.bns]
+    if first == "ema":
+        model.bns[1].eval(), reference.bns[1].eval()
+        x = torch.randn(4, 2)
+        torch.testing.assert_close(model.bns[1](x), reference.bns[1](x))
+
+
+def test_eval_and_state_dict_see_the_last_forward_pass_without_update():
+    model, reference = network(), network()
+    StatisticsTracker(model, ALL)
+    x = batches(1)[0]
+    model(x), reference(x)
+    torch.testing.assert_close(model.eval()(x), reference.eval()(x))
+    model.train()(x), reference.train()(x)
+    torch.testing.assert_close(dict(model.state_dict()), dict(reference.state_dict()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_once(reentrant):
+    model, reference = network(), network()
+    tracker = StatisticsTracker(model, ALL)
+    for x in batches(3):
+        gradients = []
+        for m, wrap in ((model, True), (reference, False)):
+            leaf = x.clone().requires_grad_()
+            output = checkpoint(m, leaf, use_reentrant=reentrant) if wrap else m(leaf)
+            output.square().sum().backward()
+            gradients.append(leaf.grad)
+        assert torch.equal(*gradients)
+        tracker.update()
+    torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
+
+
+def test_empty_batches_count_nothing():
+    layer = nn.BatchNorm1d(3)
+    oracle = Oracle(layer)
+    tracker = StatisticsTracker(layer, ALL)
+    layer(torch.randn(5, 3))
+    tracker.update()
+    layer(torch.randn(0, 3))
+    tracker.update()
+    oracle.values[""].pop()
+    oracle.check(tracker.statistics())
+
+
+def test_layers_without_running_statistics_and_models_without_layers():
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 3))
+    tracker = StatisticsTracker(model, ALL)
+    model(torch.randn(4, 3))
+    tracker.update()
+    assert tracker.statistics()["ema"].names == ("0",)
+    assert model[1].running_mean is None and type(model[1]) is nn.BatchNorm1d
+    empty = StatisticsTracker(nn.Linear(3, 3), ALL)
+    empty.update()
+    assert len(empty.statistics()["mean"]) == 0
+    empty.load_state_dict(empty.state_dict())
+
+
+def test_names_shared_layers_and_compiled_models():
+    shared = nn.BatchNorm1d(3)
+    model = nn.Sequential(shared, nn.Sequential(shared, nn.BatchNorm1d(3)))
+    tracker = StatisticsTracker(torch.compile(model, backend="eager"), ALL)
+    model(torch.randn(4, 3))
+    assert tracker.statistics()["ema"].count == {"0": 2, "1.1": 1}
+    tracker.close()
+
+
+def test_wrong_use_is_refused_and_changes_nothing():
+    model = network()
+    for estimators, message in [
+        ({}, "at least one"), ({"a": 0.9}, "'a' is 0.9"), ({"a": Ema}, "'a' is"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            StatisticsTracker(model, estimators)
+    with pytest.raises(UserError, match="'1' is a SyncBatchNorm"):
+        StatisticsTracker(nn.Sequential(nn.BatchNorm2d(2), nn.SyncBatchNorm(2)), ALL)
+    with pytest.raises(UserError, match="lazy"):
+        StatisticsTracker(nn.Sequential(nn.LazyBatchNorm2d()), ALL)
+    assert type(model[1]) is nn.BatchNorm2d
+    tracker = StatisticsTracker(model, ALL)
+    with pytest.raises(UserError, match="a StatisticsTracker already"):
+        StatisticsTracker(model, ALL)
+    tracker.close()
+    StatisticsTracker(model, ALL).close()
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_close_leaves_the_model_as_it_was(convert):
+    model = network()
+    if convert:
+        convert_batchnorm(model)
+    kinds = [type(m) for m in model]
+    with StatisticsTracker(model, ALL) as tracker:
+        assert type(model[1]) is BatchNorm2d
+        for x in batches(3):
+            model(x)
+    tracker.close()
+    after = tracker.statistics()
+    assert [type(m) for m in model] == kinds
+    assert "_slot" not in str(vars(model[1]).values())
+    assert torch.equal(model[1].running_var, after["ema"].var["1"])
+    assert model[1].num_batches_tracked == 3
+    storages = {b.untyped_storage().data_ptr() for b in model.buffers()}
+    assert len(storages) == len(list(model.buffers()))
+    reference = network()
+    reference.load_state_dict(model.state_dict())
+    x = batches(1)[0]
+    assert torch.equal(model(x), reference(x))
+    for a, b in zip(model.buffers(), reference.buffers(), strict=True):
+        assert torch.equal(a, b)
+    tracker.update()
+    assert torch.equal(tracker.statistics()["ema"].var["1"], after["ema"].var["1"])
+
+
+def test_a_tracker_can_be_collected():
+    model = network()
+    tracker = StatisticsTracker(model, ALL)
+    reference = weakref.ref(tracker)
+    tracker.close()
+    del tracker
+    gc.collect()
+    assert reference() is None
+
+
+def train(model, tracker, inputs):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for x in inputs:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        tracker.update()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("first", list(ALL))
+@pytest.mark.parametrize("model_first", [True, False])
+def test_resume_is_bit_exact(first, model_first):
+    estimators = {first: ALL[first], **ALL}
+    model = network()
+    tracker = StatisticsTracker(model, estimators)
+    model[1].eval()
+    train(model, tracker, batches(2))  # layers at different counts
+    model[1].train()
+    train(model, tracker, batches(3, seed=1))
+    file = io.BytesIO()
+    torch.save((model.state_dict(), tracker.state_dict()), file)
+    train(model, tracker, batches(5, seed=2))
+
+    file.seek(0)
+    saved_model, saved_tracker = torch.load(file, weights_only=True)
+    resumed = network()
+    other = StatisticsTracker(resumed, estimators)
+    train(resumed, other, batches(1, seed=9))
+    if model_first:
+        resumed.load_state_dict(saved_model)
+        other.load_state_dict(saved_tracker)
+    else:
+        other.load_state_dict(saved_tracker)
+        resumed.load_state_dict(saved_model)
+    train(resumed, other, batches(5, seed=2))
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), resumed.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    mine, theirs = tracker.statistics(), other.statistics()
+    for name, statistics in mine.items():
+        assert statistics.count == theirs[name].count
+        for layer in statistics.names:
+            assert torch.equal(statistics.mean[layer], theirs[name].mean[layer])
+            assert torch.equal(statistics.var[layer], theirs[name].var[layer])
+
+
+def test_states_of_other_trackers_are_refused():
+    tracker = StatisticsTracker(network(), ALL)
+    for estimators, message in [
+        ({**ALL, "ema": Ema(0.8)}, r"other estimators: 'ema': Ema\(decay=0.8"),
+        ({"ema": ALL["ema"]}, "1 of them, here 6"),
+    ]:
+        state = StatisticsTracker(network(), estimators).state_dict()
+        with pytest.raises(UserError, match=message):
+            tracker.load_state_dict(state)
+    with pytest.raises(UserError, match="other layers: '0': 3, here '1': 5"):
+        tracker.load_state_dict(
+            StatisticsTracker(nn.Sequential(nn.BatchNorm1d(3)), ALL).state_dict())
+    damaged = tracker.state_dict()
+    del damaged["mass"]
+    with pytest.raises(UserError, match="'mass' does not fit"):
+        tracker.load_state_dict(damaged)
+    with pytest.raises(UserError, match="other estimators: it has none"):
+        tracker.load_state_dict({})
+
+
+@pytest.mark.parametrize("first", ["ema", "mean", "debiased", "pooled"])
+@pytest.mark.parametrize("pending", [False, True])
+def test_moving_casting_and_replacing_buffers(first, pending):
+    """float64 and back, and tensors put in place of the buffers, lose and repeat nothing."""
+    model = network()
+    oracle = Oracle(model)
+    tracker = StatisticsTracker(model, {first: ALL[first], **ALL})
+    for i, x in enumerate(batches(10)):
+        if i == 2:
+            model.double()
+        if i == 4:
+            model.float()
+        if i == 6:
+            model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        if i == 7:
+            model[1].running_mean = model[1].running_mean.clone()
+        if i == 8:
+            model.to("cpu")
+        model(x.to(model[0].weight.dtype)).sum().backward()
+        if not pending:
+            tracker.update()
+    tracker.update()
+    assert model[1].num_batches_tracked == 10
+    oracle.check(tracker.statistics(), rtol=2e-5)
+    assert torch.equal(model[4].running_var, tracker.statistics()[first].var["4"])
+
+
+def test_layers_of_several_dtypes():
+    model = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(2).double(), nn.BatchNorm1d(3)])
+    oracle = Oracle(model)
+    tracker = StatisticsTracker(model, ALL)
+    for _ in range(4):
+        for layer in model:
+            layer(torch.randn(5, layer.num_features, dtype=layer.weight.dtype))
+        tracker.update()
+    statistics = tracker.statistics()
+    oracle.check(statistics)
+    assert statistics["ema"].names == ("0", "1", "2")
+    assert statistics["ema"].mean["1"].dtype == torch.float64
+    state = tracker.state_dict()
+    again = StatisticsTracker(copy.deepcopy(model), ALL)
+    again.load_state_dict(state)
+    assert torch.equal(again.statistics()["pooled"].var["1"], statistics["pooled"].var["1"])
+
+
+def test_half_precision_layers_keep_exact_averages():
+    layer = nn.BatchNorm1d(2).to(torch.bfloat16)
+    tracker = StatisticsTracker(layer, {"ema": Ema(0.999), "mean": Cumulative()})
+    for _ in range(600):
+        layer((torch.randn(64, 2) + 3).to(torch.bfloat16))
+        tracker.update()
+    # bfloat16 buffers of torch's would stand still at 3·(1-0.999)/2⁻⁸ steps
+    expected = 3 * (1 - 0.999**600)
+    assert layer.running_mean.dtype == torch.bfloat16
+    assert (layer.running_mean.double() - expected).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("write", ["load", "reset", "copy_to"])
+def test_a_first_ema_goes_on_from_what_is_written_into_the_buffers(write):
+    model, reference = network(), network()
+    tracker = StatisticsTracker(model, ALL)
+    donor = network()
+    for x in batches(3, seed=5):
+        donor(x)
+    for i, x in enumerate(batches(6)):
+        if i == 3:
+            for m in (model, reference):
+                if write == "load":
+                    m.load_state_dict(donor.state_dict())
+                elif write == "reset":
+                    for layer in (m[1], m[4], m[7]):
+                        layer.reset_running_stats()
+                else:
+                    running_statistics(donor).copy_to(m)
+        model(x), reference(x)
+        tracker.update()
+    torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
+
+
+def test_starting_from_pretrained_buffers():
+    model = network()
+    for x in batches(3):
+        model(x)
+    reference = copy.deepcopy(model)
+    start = running_statistics(model)
+    tracker = StatisticsTracker(model, ALL)
+    for statistics in tracker.statistics().values():
+        assert torch.equal(statistics.var["4"], start.var["4"])
+    for x in batches(3, seed=3):
+        model(x), reference(x)
+        tracker.update()
+    torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
+    assert tracker.statistics()["mean"].count["1"] == 3 and model[1].num_batches_tracked == 6
+
+
+def test_nothing_in_statistics_aliases_the_tracker():
+    model = network()
+    tracker = StatisticsTracker(model, ALL)
+    model(batches(1)[0])
+    before = tracker.statistics()
+    kept = {n: s.var["1"].clone() for n, s in before.items()}
+    state = tracker.state_dict()
+    averages = state["averages"].clone()
+    model(batches(1, seed=4)[0])
+    tracker.update()
+    assert all(torch.equal(before[n].var["1"], v) for n, v in kept.items())
+    assert torch.equal(state["averages"], averages)
+
+
+def test_not_a_number_reaches_the_estimators_as_in_torch():
+    model, reference = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    tracker = StatisticsTracker(model, {"ema": Ema(0.9)})
+    bad = torch.tensor([[1.0, float("nan")], [2.0, 1.0]])
+    for x in (torch.randn(4, 2), bad, torch.randn(4, 2)):
+        model(x), reference(x)
+        tracker.update()
+    torch.testing.assert_close(
+        dict(model.named_buffers()), dict(reference.named_buffers()), equal_nan=True)
+    assert not model.running_mean[0].isnan()

@@ -1,0 +1,260 @@
+"""The command line end to end: the real command, real data, real errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, needs_fashion_mnist
+
+from bnexp.runs import Run
+
+QUICK = """
+data: {name: digits}
+model: {name: small-cnn}
+statistics:
+  estimators:
+    slow: {rule: ema, decay: 0.99}
+    average: {rule: cumulative}
+training: {steps: 40, batch_size: 64, optimizer: {lr: 0.05}, check_every: 10}
+test: {every: 15, statistics: [running, recomputed, batch], train_accuracy: true}
+"""
+
+
+@pytest.fixture
+def quick(bnexp):
+    (bnexp.cwd / "quick.yaml").write_text(QUICK)
+    return "quick.yaml"
+
+
+def trained(bnexp, *arguments):
+    done = bnexp("train", *arguments)
+    assert done.code == 0, done.stderr
+    return done, Run(bnexp.cwd / done.stdout.strip().splitlines()[-1].removeprefix("run: "))
+
+
+def training_numbers(run):
+    return (run.path / "steps.csv").read_bytes()
+
+
+def test_train_then_eval(bnexp, quick):
+    done, run = trained(bnexp, quick)
+    assert "McNemar" in done.stdout
+    steps = run.steps()
+    assert steps["step"].tolist() == list(range(1, 41))
+    assert np.isfinite(steps["loss"]).all()
+
+    rows = run.evals()
+    kinds = ["running", "slow", "average", "recomputed", "batch"]
+    assert [(r["step"], r["statistics"]) for r in rows if r["split"] == "test"] == [
+        (step, kind) for step in (15, 30, 40) for kind in kinds
+    ]
+    assert [r["step"] for r in rows if r["split"] == "train"] == [15, 30, 40]
+    assert {r["samples"] for r in rows if r["split"] == "test"} == {500}
+
+    evaluated = bnexp("eval", "--recompute-stats", "--json")
+    assert evaluated.code == 0, evaluated.stderr
+    result = json.loads(evaluated.stdout)
+    assert [k["name"] for k in result["kinds"]] == ["running", "slow", "average", "recomputed"]
+    final = {r["statistics"]: r["accuracy"] for r in rows if r["step"] == 40 and r["split"] == "test"}
+    for kind in result["kinds"]:
+        assert kind["accuracy"] == pytest.approx(final[kind["name"]], abs=1e-6)
+    assert {row["name"] for row in result["layers"]["recomputed"]} == {"bn1", "bn2", "bn3"}
+
+    table = bnexp("eval", run.name, "--recompute-stats", "--method", "pooled", "--method", "exact",
+                  "--samples", "500", "--batch")
+    assert table.code == 0, table.stderr
+    for said in ("recomputed/pooled", "recomputed/exact", "batch", "furthest", "bn1"):
+        assert said in table.stdout
+
+
+def test_the_ema_column_is_the_moving_average_of_the_accuracy_column(bnexp, quick):
+    _, run = trained(bnexp, quick, "training.ema_accuracy_decay=0.9")
+    steps = run.steps()
+    for t in (1, 7, 40):
+        weights = 0.9 ** np.arange(t)[::-1]
+        expected = np.average(steps["accuracy"][:t], weights=weights)
+        assert steps["ema_accuracy"][t - 1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_whole_train_accuracy_is_that_of_the_checkpoint(bnexp, quick):
+    """The train row of evals.csv against a plain loop over the data with plain torch."""
+    _, run = trained(bnexp, quick)
+    from bnexp.data import load_data
+    from bnexp.nn.models import build_model
+    from bnexp.training.checkpoints import newest_checkpoint
+
+    config = run.load_config()
+    data = load_data(config.data, torch.device("cpu"), config.seed)
+    info = data.info
+    model = build_model("small-cnn", channels=info.channels, image_size=info.image_size,
+                        num_classes=len(info.classes))
+    model.load_state_dict(newest_checkpoint(run.checkpoints)[0]["model"])
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for x, y in data.train.batches(97):
+            right += int((model(x).argmax(1) == y).sum())
+    logged = next(r for r in run.evals() if r["split"] == "train" and r["step"] == 40)
+    assert logged["samples"] == len(data.train)
+    assert round(logged["accuracy"] * logged["samples"]) == pytest.approx(right, abs=1)
+
+
+def test_same_config_and_seed_give_the_same_bytes(bnexp, quick):
+    first = trained(bnexp, quick)[1]
+    second = trained(bnexp, quick)[1]
+    other = trained(bnexp, quick, "seed=1")[1]
+    assert first.path != second.path
+    assert training_numbers(first) == training_numbers(second)
+    assert training_numbers(first) != training_numbers(other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["test.every=null", "test.train_accuracy=false"],
+        ["test.every=1", "test.statistics=[running]"],
+        ["statistics.estimators={}", "statistics.decay=0.5"],
+        ["statistics.recompute.method=pooled", "statistics.recompute.samples=100"],
+        ["training.check_every=1", "checkpoints.every_steps=3"],
+        ["training.averages={ema: {}, swa: {}}"],
+    ],
+    ids=lambda c: c[0],
+)
+def test_what_is_logged_never_changes_what_is_learned(bnexp, quick, changes):
+    reference = trained(bnexp, quick)[1]
+    changed = trained(bnexp, quick, *changes)[1]
+    assert training_numbers(reference) == training_numbers(changed)
+
+
+def test_an_expectation_that_is_not_met_exits_with_3(bnexp, quick):
+    done = bnexp("train", quick, "training.steps=2", "expect.test_accuracy=0.99")
+    assert done.code == 3
+    assert done.stderr.splitlines()[-1].startswith("bnexp: expect.test_accuracy: 99.00%")
+
+
+def test_a_network_without_bn_is_trained_and_compared_with_nothing(bnexp, quick):
+    done, run = trained(bnexp, quick, "model.norm=none", "training.optimizer.lr=0.01")
+    assert {r["statistics"] for r in run.evals()} == {"none"}
+    assert bnexp("eval", "--recompute-stats").code == 0
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precisions_learn(bnexp, quick, precision):
+    _, run = trained(bnexp, quick, f"training.precision={precision}", "training.steps=60")
+    assert run.steps()["ema_accuracy"][-1] > 0.6
+
+
+def test_piped_output_is_plain(bnexp, quick):
+    done, _ = trained(bnexp, quick)
+    assert "\x1b" not in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) < 10
+
+
+def test_config_prints_the_resolved_yaml_and_the_schema(bnexp, quick):
+    resolved = bnexp("config", quick, "seed=3")
+    (bnexp.cwd / "resolved.yaml").write_text(resolved.stdout)
+    assert bnexp("config", "resolved.yaml").stdout == resolved.stdout
+    assert json.loads(bnexp("config", "--schema").stdout)["title"] == "Config"
+
+
+def error_line(done, code=2):
+    assert done.code == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["train", "nowhere.yaml"], ["no config at nowhere.yaml", "quick.yaml"]),
+        (["train"], ["name a config"]),
+        (["train", "quick.yaml", "data.name=digit"], ["digit", "digits"]),
+        (["train", "quick.yaml", "model.name=resnet2"], ["resnet2", "resnet20"]),
+        (["train", "quick.yaml", "model.name=torchvision/resnet19"], ["torchvision/resnet18"]),
+        (["train", "quick.yaml", "training.batch_size=1", "model.name=mlp"],
+         ["training.batch_size is 1", "one value per channel"]),
+        (["train", "quick.yaml", "training.batch_size=5000"], ["5000", "1297"]),
+        (["train", "quick.yaml", "--device", "cuda:7"], ["cuda:7"]),
+        (["train", "quick.yaml", "data={name: image-folder, root: absent}"], ["absent"]),
+        (["eval", "nothing"], ["no run nothing"]),
+        (["eval", "."], ["not a run folder"]),
+        (["eval"], ["no finished run", "bnexp train"]),
+        (["train", "--resume", "nothing"], ["no run nothing"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else None,
+)
+def test_errors_are_one_clear_line_with_exit_code_2(bnexp, quick, arguments, said):
+    line = error_line(bnexp(*arguments))
+    for part in said:
+        assert part in line
+
+
+def test_checkpoints_that_are_damaged_foreign_or_malicious(bnexp, quick):
+    _, run = trained(bnexp, quick, "checkpoints.keep=1")
+    (checkpoint,) = run.checkpoints.glob("step-*.pt")
+    whole = checkpoint.read_bytes()
+    (run.checkpoints / "best.pt").unlink()
+
+    checkpoint.write_bytes(whole[:-100])
+    assert "damaged" in error_line(bnexp("eval"), 1)
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(bnexp.cwd / "ran"), "w")
+
+    torch.save({"format": 1, "step": Bomb()}, checkpoint)
+    assert "could run code" in error_line(bnexp("eval"), 1)
+    assert not (bnexp.cwd / "ran").exists()
+
+    checkpoint.write_bytes(whole)
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(text.replace("name: small-cnn", "name: mlp"))
+    assert "another model than mlp" in error_line(bnexp("eval"))
+
+
+def test_averaged_weights_are_compared_with_stale_and_recomputed_statistics(bnexp, quick):
+    _, run = trained(bnexp, quick, "training.averages={ema: {decay: 0.9}, swa: {start: 0.5, every: 2}}")
+    kinds = {k["name"] for k in run.comparison()["kinds"]}
+    assert {"ema/running", "ema/recomputed", "swa/running", "swa/recomputed"} <= kinds
+    for weights in ("ema", "swa", "last", "best"):
+        done = bnexp("eval", "--weights", weights, "--recompute-stats", "--json")
+        assert done.code == 0, done.stderr
+        result = {k["name"]: k["accuracy"] for k in json.loads(done.stdout)["kinds"]}
+        if weights in ("ema", "swa"):
+            logged = {k["name"]: k["accuracy"] for k in run.comparison()["kinds"]}
+            assert result["recomputed"] == logged[f"{weights}/recomputed"]
+
+
+def test_help_and_import_need_no_torch():
+    code = (
+        "import sys, bnexp, bnexp.cli\n"
+        "assert not {'torch', 'torchvision', 'matplotlib', 'scipy', 'pydantic'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_python_m_bnexp():
+    done = subprocess.run(
+        [sys.executable, "-m", "bnexp", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0
+    for command in ("train", "eval", "report", "runs", "compare", "config"):
+        assert command in done.stdout
+
+
+@needs_fashion_mnist
+def test_fashion_mnist_is_learned(bnexp):
+    done = bnexp(
+        "train", ROOT / "configs" / "fashion-mnist.yaml", "training.steps=60", "test.every=null",
+        "expect.test_accuracy=0.7", "statistics.recompute.samples=1000",
+    )
+    assert done.code == 0, done.stderr
+    run = Run(bnexp.cwd / "runs" / "fashion-mnist-1")
+    with open(run.path / "steps.csv") as file:
+        assert len(list(csv.DictReader(file))) == 60
