@@ -50,7 +50,7 @@ class LimitConfig(Section):
     train: PositiveInt | None = None
     """Use only this many training images, chosen by the seed, stratified."""
     test: PositiveInt | None = None
-    """Use only this many test images, chosen by the seed, stratified."""
+    """Use only this many test images, stratified; the same ones whatever the seed."""
 
 
 class DataConfig(Section):
@@ -62,9 +62,9 @@ class DataConfig(Section):
     """Share of the training images kept apart for validation, seeded and stratified."""
     augment: AugmentConfig = AugmentConfig()
     image_size: PositiveInt | None = None
-    """Side of the square that images of an image-folder are resized and cropped to."""
+    """Side of the square that images are resized to; needed where a folder's sizes differ."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that decode images of an image-folder that is too large for memory."""
+    """Processes that decode the images of an image-folder."""
     limit: LimitConfig = LimitConfig()
 
 
@@ -371,10 +371,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self):
-        if self.training.early_stopping and not self.data.val_fraction:
-            raise ValueError(
-                "training.early_stopping needs validation images: set data.val_fraction"
-            )
         if self.training.early_stopping and not self.test.every:
             raise ValueError("training.early_stopping needs evaluations: set test.every")
         return self

@@ -89,15 +89,15 @@ class Command:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    @property
-    def stderr(self) -> str:
-        return (self._folder / "stderr").read_text()
+    def _read(self, stream: str) -> str:
+        path = self._folder / stream
+        return path.read_text() if path.exists() else ""  # killed before it began
 
     def wait(self) -> Finished:
         self._server.stdin.write("wait\n")
         self._server.stdin.flush()
         code = int(self._server.stdout.readline())
-        return Finished(code, (self._folder / "stdout").read_text(), self.stderr)
+        return Finished(code, self._read("stdout"), self._read("stderr"))
 
 
 class Commands:

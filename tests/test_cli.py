@@ -182,6 +182,7 @@ def error_line(done, code=2):
         (["train", "quick.yaml", "training.batch_size=5000"], ["5000", "1297"]),
         (["train", "quick.yaml", "--device", "cuda:7"], ["cuda:7"]),
         (["train", "quick.yaml", "data={name: image-folder, root: absent}"], ["absent"]),
+        (["train", "quick.yaml", "training.early_stopping={}"], ["data.val_fraction"]),
         (["eval", "nothing"], ["no run nothing"]),
         (["eval", "."], ["not a run folder"]),
         (["eval"], ["no finished run", "bnexp train"]),

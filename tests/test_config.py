@@ -78,7 +78,7 @@ def test_epochs_given_by_override_replace_steps(config_file):
         ),
         ("statistics.estimators.batch={rule: cumulative}", ["'batch' can't name an estimator"]),
         ("training.early_stopping={metric: test_accuracy}", ["tune the run", "val_fraction"]),
-        ("training.early_stopping={}", ["data.val_fraction"]),
+        ("training.early_stopping={}", ["test.every"]),
         ("test.statistics=[batch]", ["running"]),
         ("device=gpu", ["'gpu' is no device", "cuda"]),
         ("seed=-1", ["seed", "greater than or equal to 0"]),

@@ -68,17 +68,12 @@ def _print(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) ->
     console.print(f"\nas a page with figures: bnexp report {names}", style="dim", soft_wrap=True)
 
 
-def _table(title: str, first: str, columns: Sequence[str]):
+def _table(console, title: str, first: str, columns: Sequence[str]):
+    """A table under the title, which is printed at once."""
     from rich.table import Table
 
-    table = Table(
-        title=f"\n{title}",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
+    console.print(f"\n{title}", style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -89,7 +84,7 @@ def _print_differences(console, runs: Sequence[RunData], differences) -> None:
     if not differences:
         console.print("\nThe configs are the same.")
         return
-    table = _table("where the configs differ", "key", [])
+    table = _table(console, "where the configs differ", "key", [])
     table.add_column("value: runs")
     for key, values in differences:
         holders: dict[str, list[str]] = {}
@@ -111,7 +106,7 @@ def _print_curves(console, runs: Sequence[RunData]) -> None:
     if len(steps) > CURVE_COLUMNS:
         last = len(steps) - 1
         steps = [steps[round(i * last / (CURVE_COLUMNS - 1))] for i in range(CURVE_COLUMNS)]
-    table = _table("test accuracy by step, %", "run", [f"{step:,.0f}" for step in steps])
+    table = _table(console, "test accuracy by step, %", "run", [f"{step:,.0f}" for step in steps])
     for run, curve in zip(runs, curves, strict=True):
         table.add_row(run.name, *(f"{100 * curve[t]:.2f}" if t in curve else "" for t in steps))
     console.print(table)
@@ -126,7 +121,9 @@ def _print_final(console, runs: Sequence[RunData]) -> None:
     if not kinds:
         console.print("\nNone of the runs has a final comparison yet.")
         return
-    table = _table("at the end, %, with the difference to the baseline in points", "run", kinds)
+    table = _table(
+        console, "at the end, %, with the difference to the baseline in points", "run", kinds
+    )
     for run in runs:
         cells = []
         found = {k["name"]: k for k in run.comparison["kinds"]} if run.comparison else {}
@@ -144,7 +141,9 @@ def _print_seeds(console, group: SeedGroup) -> None:
 
     columns = ("mean", "95 % interval", "std. dev.", "difference", "95 % interval")
     seeds = ", ".join(map(str, group.seeds))
-    table = _table(f"{len(group.seeds)} seeds of one config ({seeds}), %", "statistics", columns)
+    table = _table(
+        console, f"{len(group.seeds)} seeds of one config ({seeds}), %", "statistics", columns
+    )
     for row in group.summary:
         low, high = row.interval
         cells = [

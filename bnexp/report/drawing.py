@@ -276,12 +276,10 @@ def _for_page(svg: str, key: str) -> str:
         svg = svg.replace(light, f"var(--{name})")
     referenced = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", svg))
     names = {a or b for a, b in referenced}
-    svg = re.sub(
-        r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in names else "", svg
-    )
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in names else "", svg)
     svg = re.sub(r"url\(#", f"url(#{key}-", svg)
     svg = re.sub(r'(xlink:)?href="#', f'href="#{key}-', svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]+>", lambda m: re.sub(r"(\d\.\d\d)\d+", r"\1", m[0]), svg)
     return re.sub(r"\n\s*", "\n", svg).strip()
 
 

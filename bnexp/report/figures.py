@@ -120,16 +120,15 @@ def training_accuracy(run: RunData) -> Plot | None:
     memory = count(round(1 / (1 - decay)))
     caption = (
         f"The EMA follows the accuracy of the mini-batches just trained on (decay {decay:g}, so it "
-        f"remembers about {memory} steps); the band spans the best and the worst of them. "
+        f"remembers about {memory} steps), which are drawn faintly behind it"
+        + (". " if len(steps) <= 2 * _bins(True) else ": the band spans the best and the worst. ")
     )
     panels = [Panel("Accuracy, %", draw, 2.7)]
     alt = f"Accuracy over {count(len(steps))} steps. The EMA training accuracy ends at " + percent(
         ema[-1]
     )
     if len(train):
-        panels.append(
-            Panel("EMA less whole training set, points", draw_distance, 1.1)
-        )
+        panels.append(Panel("EMA less whole training set, points", draw_distance, 1.1))
         off = float(np.abs(distance).mean())
         caption += (
             "It stands in for the accuracy on the whole training set in inference mode (green), "
@@ -234,12 +233,13 @@ def _by_step(run: RunData, kinds: list[str], key: str, title: str, caption: str)
         alt += f"{_short(kind)} ends at {percent(curves[kind][1][-1])}. "
     if differences:
         panels.append(Panel(f"Difference to {_short(run.baseline)}, points", draw_difference, 1.4))
-        for kind, (x, y) in differences.items():
-            worst = np.abs(y).argmax()
-            caption += (
-                f"{_capital(_label(run, kind))} are furthest from the {_short(run.baseline)} ones "
-                f"at step {count(int(x[worst]))}: {signed(y[worst])} points. "
-            )
+        furthest = max(differences, key=lambda kind: np.abs(differences[kind][1]).max())
+        x, y = differences[furthest]
+        worst = np.abs(y).argmax()
+        caption += (
+            f"Here {_label(run, furthest)} are furthest from the {_short(run.baseline)} ones, at "
+            f"step {count(int(x[worst]))}: {signed(y[worst])} points."
+        )
     rows = []
     for i, step in enumerate(base_steps):
         row = [count(int(step)), percent(base[i], 2)]
@@ -417,7 +417,9 @@ def loss_and_rate(run: RunData) -> Plot | None:
             _line(axes, test_steps[finite], test[finite], "blue", "test", "s")
         if np.isfinite(loss).any() and np.nanmin(loss) > 0:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+            low, high = axes.get_ylim()
+            subs = (1, 2, 5) if high < 200 * low else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         _step_axis(axes, steps, narrow)
@@ -488,9 +490,7 @@ def runs_accuracy(runs: Sequence[RunData]) -> Plot | None:
         ),
         alt="; ".join(f"{row[0]} ({row[1]}) ends at {row[3]}" for row in rows),
         panels=(Panel("Test accuracy, %", draw, 3.0),),
-        tables=(
-            Table("Test accuracy", ["run", "statistics", "last step", "last", "best"], rows),
-        ),
+        tables=(Table("Test accuracy", ["run", "statistics", "last step", "last", "best"], rows),),
     )
 
 
@@ -505,7 +505,7 @@ def _pair(run: RunData) -> list[str]:
 def _band(axes: Axes, x, y, colour: str, label: str, narrow: bool, mean: str | None = None) -> None:
     """A noisy curve: whole where it fits, else the span of each bin; optionally means over it."""
     bins = _bins(narrow)
-    if len(x) <= bins:
+    if len(x) <= 2 * bins:
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.5, label=label)
     else:
         start, end, _, low, high = envelope(x, y, bins)
@@ -560,7 +560,7 @@ def _accuracy_limits(curves) -> tuple[float, float]:
     if len(values) == 0:
         return 0.0, 100.0
     low, high = 100 * values.min(), 100 * values.max()
-    step = 10 if high - low > 20 else 2
+    step = 10 if high - low > 20 else 2 if high - low > 4 else 0.5
     bottom = max(0.0, step * np.floor((low - 0.5) / step))
     return bottom, min(100.0, high + 0.08 * (high - bottom))
 

@@ -185,6 +185,8 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
                     changed = sum(paired[k] for k in ("gained", "lost", "wrong_to_other_wrong"))
                     of = f"of {words.count(run.comparison['samples'])}"
                     tiles.append(("predictions changed", words.count(changed), of))
+    elif len(found := run.curve("test", run.baseline)[1]):
+        tiles.append((f"test, {run.baseline}", words.percent(float(found[-1]), 2), "so far"))
     if len(run.steps["step"]):
         decay = run.config["training"]["ema_accuracy_decay"]
         value = words.percent(float(run.steps["ema_accuracy"][-1]), 2)

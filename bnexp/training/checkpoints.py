@@ -7,6 +7,7 @@ torch does not verify them when it reads; `load_checkpoint` does.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import shutil
@@ -29,8 +30,10 @@ def save_checkpoint(folder: Path, state: dict, keep: int, best: bool) -> Path:
     are removed. With `best`, it is also what best.pt names from now on.
     """
     path = folder / f"step-{state['step']:09d}.pt"
+    serialized = io.BytesIO()  # torch.save into a file hides the OSError of a full disk
+    torch.save({"format": FORMAT, **state}, serialized)
     with _published(path) as temporary, open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
+        file.write(serialized.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     if best:

@@ -50,6 +50,10 @@ class Session:
         self.config = config
         self.device = device
         self.data = load_data(config.data, device, config.seed)
+        if training.early_stopping and self.data.val is None:
+            raise UserError(
+                "training.early_stopping needs validation images: set data.val_fraction"
+            )
         info = self.data.info
         torch.manual_seed(config.seed)
         self.model = build_model(

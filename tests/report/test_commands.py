@@ -1,0 +1,102 @@
+"""bnexp report, runs and compare as a user calls them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from example import make_run
+from typer.testing import CliRunner
+
+from bnexp.cli import app
+from bnexp.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    for seed in range(3):
+        make_run(folder / "runs", f"example-{seed + 1}", steps=300, seed=seed, cost=0.03)
+    make_run(folder / "runs", "half-1", steps=300, seed=5, finished=False)
+    make_run(folder / "runs", "new-1", steps=0, evaluations=0, seed=6, finished=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def bnexp(*arguments):
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def refused(*arguments):
+    with pytest.raises(UserError) as error:
+        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    return str(error.value)
+
+
+def test_runs_lists_the_newest_first(folder):
+    lines = bnexp("runs").splitlines()
+    names = [line.split()[0] for line in lines[1:]]
+    assert names == ["new-1", "half-1", "example-3", "example-2", "example-1"]
+    rows = json.loads(bnexp("runs", "--json"))
+    assert [row["name"] for row in rows] == names
+    assert rows[0]["test_accuracy"] is None
+    assert rows[-1]["state"] == "finished"
+    accuracy = json.loads((folder / "runs/example-1/comparison.json").read_text())
+    assert rows[-1]["test_accuracy"] == accuracy["kinds"][0]["accuracy"]
+    assert f"{rows[-1]['test_accuracy']:.2%}" in lines[-1]
+    assert "interrupted" in lines[2]
+
+
+def test_runs_where_there_are_none(tmp_path):
+    assert "no runs" in bnexp("runs", "--folder", str(tmp_path))
+    assert json.loads(bnexp("runs", "--folder", str(tmp_path), "--json")) == []
+
+
+def test_report_of_one_run_several_runs_and_the_newest(folder, tmp_path):
+    assert bnexp("report", "example-1").strip() == "runs/example-1/report.html"
+    assert "<h1>example-1</h1>" in (folder / "runs/example-1/report.html").read_text()
+    assert bnexp("report").strip() == "runs/example-3/report.html"
+    assert bnexp("report", "example-1", "runs/half-1").strip() == "runs/report.html"
+    assert "<h1>2 runs</h1>" in (folder / "runs/report.html").read_text()
+    target = tmp_path / "deep" / "page.html"
+    assert bnexp("report", "example-1", "-o", str(target)).strip() == str(target)
+    assert target.is_file()
+
+
+def test_report_writes_figures(folder, tmp_path):
+    paths = bnexp("report", "example-1", "--format", "svg").split()
+    assert "runs/example-1/figures/accuracy.svg" in paths
+    assert all((folder / path).stat().st_size > 1000 for path in paths)
+    paths = bnexp("report", "example-1", "half-1", "--format", "png", "-o", str(tmp_path)).split()
+    assert str(tmp_path / "half-1" / "accuracy.png") in paths
+
+
+def test_compare_sets_runs_side_by_side():
+    text = bnexp("compare", "example-1", "example-2", "half-1")
+    for words in ("where the configs differ", "seed", "test accuracy by step", "at the end"):
+        assert words in text
+    assert "2 seeds of one config (0, 1)" in text
+    tree = json.loads(bnexp("compare", "example-1", "example-2", "example-3", "--json"))
+    assert [run["name"] for run in tree["runs"]] == ["example-1", "example-2", "example-3"]
+    assert tree["config_differences"] == {"seed": {"example-1": 0, "example-2": 1, "example-3": 2}}
+    (group,) = tree["seeds"]
+    assert group["seeds"] == [0, 1, 2]
+    accuracies = [run["comparison"]["kinds"][0]["accuracy"] for run in tree["runs"]]
+    assert group["summary"][0]["mean"] == pytest.approx(sum(accuracies) / 3)
+
+
+def test_what_cannot_be_done_is_said(tmp_path):
+    assert "two runs or more" in refused("compare", "example-1")
+    assert "named twice" in refused("compare", "example-1", "runs/example-1")
+    assert "named twice" in refused("report", "example-1", "example-1")
+    assert "allowed are html, png, svg" in refused("report", "--format", "pdf")
+    assert "no run nothing" in refused("report", "nothing")
+    assert "is a folder" in refused("report", "example-1", "-o", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert "not a folder" in refused("report", "example-1", "-o", str(tmp_path / "file" / "a.html"))

@@ -1,0 +1,253 @@
+"""The page as a browser and as a reader of its HTML gets it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from example import CLASSES, make_run
+
+from bnexp.errors import UserError
+from bnexp.report.data import RunData
+from bnexp.report.page import render, write_report
+from bnexp.report.several import config_differences, seed_groups
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FIGURES = ("accuracy", "statistics", "estimators", "comparison", "layers", "rate")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    made = [make_run(folder, f"example-{s + 1}", seed=s, cost=0.03) for s in range(3)]
+    other = make_run(folder, "slow-1", seed=0, model={"name": "resnet20", "norm": "batch"})
+    unfinished = make_run(folder, "half-1", seed=7, finished=False)
+    return [*made, other, unfinished]
+
+
+@pytest.fixture(scope="module")
+def page(runs):
+    return render([RunData.read(runs[0])])
+
+
+@pytest.fixture(scope="module")
+def page_of_several(runs):
+    return render([RunData.read(run) for run in runs])
+
+
+class Reader(HTMLParser):
+    """Collects what the tests ask about and checks that tags close."""
+
+    VOID = frozenset(("meta", "link", "br", "path", "use", "rect", "img"))
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.labels, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if attrs.get("role") == "img":
+            self.labels.append(attrs["aria-label"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag in self.VOID:
+            return
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(page):
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    return reader
+
+
+def plain(text):
+    return " ".join(text.replace("\u00a0", " ").split())
+
+
+def test_the_verdict_comes_first_and_everything_is_there(runs, page):
+    reader = read(page)
+    text = plain(" ".join(reader.text))
+    comparison = runs[0].comparison()
+    verdict = plain(comparison["verdict"])
+    assert verdict.startswith("Running averages (decay 0.9) cost")
+    assert text.index(verdict) < text.index("Comparison on 2000 test images")
+    for remark in comparison["remarks"]:
+        assert plain(remark) in text
+    for kind in comparison["kinds"]:
+        assert f"{100 * kind['accuracy']:.2f} %" in text
+    for name in CLASSES:
+        assert name in text
+    assert "git checkout 0123456789abcdef" in text
+    assert "ema_accuracy_decay: 0.98" in text
+    assert "torch 2.11.0" in text
+    assert len(reader.labels) == len(FIGURES)
+    assert all(len(label) > 30 for label in reader.labels)
+    assert len(reader.ids) == len(set(reader.ids))
+
+
+def test_the_data_of_every_figure_are_in_the_page(runs, page):
+    text = plain(" ".join(read(page).text))
+    for row in runs[0].evals():
+        if row["split"] == "train" or row["statistics"] in ("running", "recomputed", "ema-0.99"):
+            assert f"{100 * row['accuracy']:.2f} %" in text
+    for row in runs[0].comparison()["layers"]["recomputed"]:
+        assert f"{row['worst_log_var_drift']:.4f} (#{row['worst_var_channel']})" in text
+
+
+def test_the_page_needs_nothing_else(page):
+    assert not re.search(r"(src|href)=\"(?!#|data:)", page.replace('xlink:href="#', ""))
+    assert "<script" not in page
+    assert "url(http" not in page
+    assert "@import" not in page
+
+
+def test_size_of_a_long_run(folder):
+    run = make_run(folder, "long-1", steps=50_000, evaluations=250)
+    page = render([RunData.read(run)])
+    assert len(page.encode()) < 2_000_000
+    read(page)
+
+
+def test_names_are_escaped(folder):
+    run = make_run(folder, "odd-1", model={"name": "<b>&", "norm": "batch"})
+    page = render([RunData.read(run)])
+    assert "<b>" not in page
+    assert "&lt;b&gt;&amp;" in page
+
+
+def test_several_runs_are_set_side_by_side(runs, page_of_several):
+    reader = read(page_of_several)
+    text = plain(" ".join(reader.text))
+    assert "3 seeds of one config" in text
+    assert "Where the configs differ" in text
+    assert "model.name" in text
+    assert "This run is interrupted at step 1000 and has no final comparison yet." in text
+    assert len(reader.ids) == len(set(reader.ids))
+    for i in range(1, 6):
+        assert f"run-{i}" in reader.ids
+    with pytest.raises(UserError, match="twice"):
+        render([RunData.read(runs[0])] * 2)
+    with pytest.raises(UserError, match="no run"):
+        render([])
+
+
+def test_seeds_of_one_config_are_recognised(runs, folder):
+    data = [RunData.read(run) for run in runs]
+    (group,) = seed_groups(data)
+    assert (group.runs, group.seeds) == (["example-1", "example-2", "example-3"], [0, 1, 2])
+    assert group.repeated == []
+    assert [row.kind for row in group.summary] == ["running", "ema-0.99", "recomputed", "batch"]
+    again = RunData.read(make_run(folder, "example-9", seed=1, cost=0.03))
+    (group,) = seed_groups([*data, again])
+    assert group.repeated == ["example-9"]
+    assert len(group.runs) == 3
+
+
+def test_differences_of_configs(runs):
+    differences = dict(config_differences([RunData.read(run) for run in runs[2:4]]))
+    assert differences == {
+        "seed": [2, 0],
+        "model.name": ["small-cnn", "resnet20"],
+        "model.eps": [1e-5, None],
+    }
+
+
+# ------------------------------------------------------------------------ a real browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(browser, runs, page, page_of_several, tmp_path, several, width, scheme):
+    path = tmp_path / "report.html"
+    path.write_text(page_of_several if several else page)
+    tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    problems = []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("requestfailed", lambda request: problems.append(request.url))
+    tab.on(
+        "request",
+        lambda request: request.url.startswith(("file:", "data:")) or problems.append(request.url),
+    )
+    tab.goto(path.as_uri())
+    assert problems == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+    verdict = tab.locator(".verdict").first
+    assert verdict.is_visible()
+    assert plain(verdict.inner_text()) == plain(runs[0].comparison()["verdict"])
+    for key in FIGURES:
+        pictures = tab.locator(f"#run-1-{key} svg")
+        visible = [pictures.nth(i) for i in range(2) if pictures.nth(i).is_visible()]
+        (picture,) = visible
+        box = picture.bounding_box()
+        assert box["width"] > 0.85 * min(width, 760)
+        assert box["height"] > 60
+        size = picture.evaluate(
+            "svg => { const t = svg.querySelector('text');"
+            " return t.getBoundingClientRect().height }"
+        )
+        assert size > 9  # still readable
+    ink = tab.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+    assert (sum(map(int, re.findall(r"\d+", ink)[:3])) > 384) == (scheme == "dark")
+    tab.close()
+
+
+def test_printed_in_dark_mode_it_is_dark_on_white(browser, runs, tmp_path):
+    path = tmp_path / "report.html"
+    write_report(runs[:1], path)
+    page = browser.new_page(color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.goto(path.as_uri())
+    paper, ink = (
+        page.evaluate(f"getComputedStyle(document.body).{name}")
+        for name in ("backgroundColor", "color")
+    )
+    assert paper == "rgb(255, 255, 255)"
+    assert sum(map(int, re.findall(r"\d+", ink))) < 200
+    assert page.locator("#run-1-accuracy .wide svg").is_visible()
+    assert not page.locator("#run-1-accuracy .narrow svg").is_visible()
+    page.close()
