@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bnexp.errors import UserError
     from bnexp.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
     from bnexp.statistics import (
         Cumulative,
@@ -37,7 +38,21 @@ _HOME = {
     "UserError": "bnexp.errors",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Cumulative",
+    "Ema",
+    "Pooled",
+    "Statistics",
+    "StatisticsTracker",
+    "UserError",
+    "__version__",
+    "convert_batchnorm",
+    "recompute_statistics",
+    "running_statistics",
+]
 
 
 def __getattr__(name: str):

@@ -61,7 +61,8 @@ def test_train_then_eval(bnexp, quick):
     assert evaluated.code == 0, evaluated.stderr
     result = json.loads(evaluated.stdout)
     assert [k["name"] for k in result["kinds"]] == ["running", "slow", "average", "recomputed"]
-    final = {r["statistics"]: r["accuracy"] for r in rows if r["step"] == 40 and r["split"] == "test"}
+    at_end = [r for r in rows if r["step"] == 40 and r["split"] == "test"]
+    final = {r["statistics"]: r["accuracy"] for r in at_end}
     for kind in result["kinds"]:
         assert kind["accuracy"] == pytest.approx(final[kind["name"]], abs=1e-6)
     assert {row["name"] for row in result["layers"]["recomputed"]} == {"bn1", "bn2", "bn3"}
@@ -139,7 +140,7 @@ def test_an_expectation_that_is_not_met_exits_with_3(bnexp, quick):
 
 
 def test_a_network_without_bn_is_trained_and_compared_with_nothing(bnexp, quick):
-    done, run = trained(bnexp, quick, "model.norm=none", "training.optimizer.lr=0.01")
+    _done, run = trained(bnexp, quick, "model.norm=none", "training.optimizer.lr=0.01")
     assert {r["statistics"] for r in run.evals()} == {"none"}
     assert bnexp("eval", "--recompute-stats").code == 0
 
@@ -220,7 +221,8 @@ def test_checkpoints_that_are_damaged_foreign_or_malicious(bnexp, quick):
 
 
 def test_averaged_weights_are_compared_with_stale_and_recomputed_statistics(bnexp, quick):
-    _, run = trained(bnexp, quick, "training.averages={ema: {decay: 0.9}, swa: {start: 0.5, every: 2}}")
+    averages = "training.averages={ema: {decay: 0.9}, swa: {start: 0.5, every: 2}}"
+    _, run = trained(bnexp, quick, averages)
     kinds = {k["name"] for k in run.comparison()["kinds"]}
     assert {"ema/running", "ema/recomputed", "swa/running", "swa/recomputed"} <= kinds
     for weights in ("ema", "swa", "last", "best"):
@@ -235,7 +237,8 @@ def test_averaged_weights_are_compared_with_stale_and_recomputed_statistics(bnex
 def test_help_and_import_need_no_torch():
     code = (
         "import sys, bnexp, bnexp.cli\n"
-        "assert not {'torch', 'torchvision', 'matplotlib', 'scipy', 'pydantic'} & set(sys.modules)\n"
+        "heavy = {'torch', 'torchvision', 'matplotlib', 'scipy', 'pydantic'}\n"
+        "assert not heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

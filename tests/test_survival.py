@@ -130,7 +130,10 @@ def test_kill_9_during_checkpointing_and_evaluation(bnexp, config, moment):
     seen = set()
     for round_ in range(5):
         if moment == "checkpoint":
-            seen |= wait_for(lambda: _being_written(run) - seen or _finished(run) and {"end"})
+            def new_or_end(seen=frozenset(seen)):
+                return _being_written(run) - seen or (_finished(run) and {"end"})
+
+            seen |= wait_for(new_or_end)
         else:
             wanted = 20 * (round_ + 1)
             wait_for(lambda wanted=wanted: len(run.evals()) >= wanted or _finished(run))
@@ -176,7 +179,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_130(bnexp, config,
 def test_a_damaged_newest_checkpoint_is_passed_over(bnexp, config):
     reference = trained(bnexp, config, "--name", "reference")
     victim = trained(bnexp, config, "--name", "victim")
-    newest, before = sorted(victim.checkpoints.glob("step-*.pt"), reverse=True)
+    newest, _before = sorted(victim.checkpoints.glob("step-*.pt"), reverse=True)
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 16
     newest.write_bytes(data)
@@ -331,7 +334,8 @@ def test_freezing_leaves_the_running_statistics_alone(bnexp, config):
     run = trained(bnexp, config, "statistics.freeze_from_step=20", "training.averages={}",
                   "training.optimizer.lr=0.002",
                   "checkpoints={every_steps: 20, keep: 10}", "training.steps=60")
-    states = [load_checkpoint(p)["model"] for p in sorted(run.checkpoints.glob("step-*.pt"))]
+    loaded = [load_checkpoint(path) for path in sorted(run.checkpoints.glob("step-*.pt"))]
+    states = [state["model"] for state in loaded if state["step"] >= 20]
     assert torch.equal(states[0]["bn1.running_mean"], states[-1]["bn1.running_mean"])
     assert not torch.equal(states[0]["conv1.weight"], states[-1]["conv1.weight"])
 

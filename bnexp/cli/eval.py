@@ -66,8 +66,14 @@ def evaluate(
             f"on {describe_device(resolved)}",
             file=sys.stderr,
         )
-    assessment = _assess(session, model, recompute_stats, methods, samples, batch, not as_json)
-    _show(found, session, assessment, weights, as_json)
+    comparison = _compare(session, model, recompute_stats, methods, samples, batch, not as_json)
+    if as_json:
+        head = {"run": str(found.path), "step": session.step, "weights": weights}
+        print(json.dumps({**head, **comparison.to_dict()}, indent=2, allow_nan=False))
+    else:
+        from bnexp.cli.tables import print_comparison
+
+        print_comparison(comparison, layers=5)
 
 
 def _load(run, session, weights: str):
@@ -97,33 +103,21 @@ def _load(run, session, weights: str):
     return session.averages[weights].model_with_average(session.model)
 
 
-def _assess(session, model, recompute_stats, methods, samples, batch, show_progress):
-    from bnexp.evaluation.assessment import assess, kinds_to_assess
+def _compare(session, model, recompute_stats, methods, samples, batch, show_progress):
+    from bnexp.evaluation.assessment import assess, compare_assessment, kinds_to_assess
 
     wanted = ["recomputed"] * recompute_stats + ["batch"] * batch
+    data, config = session.data, session.config
     with session.autocast():
         kinds = kinds_to_assess(
             model,
-            session.data,
-            session.config,
+            data,
+            config,
             session.estimates(),
             wanted,
             methods,
             samples,
             progress=show_progress and sys.stderr.isatty(),
         )
-        return assess(model, session.data.test, session.config.test.batch_size, kinds)
-
-
-def _show(run, session, assessment, weights: str, as_json: bool) -> None:
-    from bnexp.cli.tables import print_comparison
-    from bnexp.evaluation.assessment import compare_assessment
-
-    comparison = compare_assessment(assessment, session.data, session.config)
-    if as_json:
-        value = {
-            "run": str(run.path), "step": session.step, "weights": weights, **comparison.to_dict()
-        }
-        print(json.dumps(value, indent=2, allow_nan=False))
-        return
-    print_comparison(comparison, layers=5)
+        found = assess(model, data.test, config.test.batch_size, kinds)
+        return compare_assessment(found, model, data, config)

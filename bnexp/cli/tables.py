@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
-from bnexp.evaluation.comparison import Comparison, KindResult
-from bnexp.evaluation.verdict import p_value, signed
+from bnexp.evaluation.verdict import p_value
+
+if TYPE_CHECKING:
+    from bnexp.evaluation.comparison import Comparison, KindResult
 
 PIPE_WIDTH = 160
 WIDTH_FOR_LOSS = 100
@@ -48,7 +52,8 @@ def _print_kinds(console: Console, comparison: Comparison) -> None:
         table.add_row(*cells)
     console.print(table)
     if len(comparison.kinds) > 1:
-        several = ", corrected for testing several kinds (Holm)" if len(comparison.kinds) > 2 else ""
+        corrected = ", corrected for testing several kinds (Holm)"
+        several = corrected if len(comparison.kinds) > 2 else ""
         console.print(
             f"points: difference to {comparison.baseline}; changed: predictions that differ from "
             f"its; p: exact McNemar test{several}.",
@@ -88,14 +93,19 @@ def _print_drift(console: Console, kind: str, rows: list[dict], baseline: str) -
         title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False,
     )
     table.add_column("layer")
-    for column in ("mean off by", "at worst", "log variance ratio", "at worst"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ["mean off by", "at worst", "log variance ratio", "at worst"]
+    if "difference" in rows[0]:
+        columns.append("points if exchanged alone")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=column != columns[-1])
     for row in rows:
+        cost = [f"{100 * row['difference']:+.2f}"] if "difference" in row else []
         table.add_row(
             row["name"],
             f"{row['mean_drift']:.3f} σ",
             f"{row['worst_mean_drift']:.3f} σ (channel {row['worst_mean_channel']})",
             f"{row['log_var_drift']:.3f}",
             f"{row['worst_log_var_drift']:.3f} (channel {row['worst_var_channel']})",
+            *cost,
         )
     console.print(table)

@@ -145,7 +145,7 @@ def _run_to_the_end(run: Run, session: Session) -> None:
     _write_state(run, session, "finished", outcome.message, outcome.weights)
     if outcome.message:
         display.line(outcome.message)
-    _write_picture(run, display)
+    _write_picture(run)
     print_comparison(outcome.comparison)
     print(f"run: {run.path}")
     _check_expectations(config, outcome.comparison)
@@ -174,7 +174,7 @@ def _write_state(run: Run, session, state: str, message: str | None = None, weig
             raise
 
 
-def _write_picture(run: Run, display) -> None:
+def _write_picture(run: Run) -> None:
     from bnexp.report import write_results_png
 
     write_results_png(run)

@@ -11,11 +11,13 @@ from torch import nn
 from bnexp.config import Config
 from bnexp.data import Data, Split
 from bnexp.evaluation.comparison import Comparison, compare
-from bnexp.evaluation.predictions import Predictions, evaluate
+from bnexp.evaluation.predictions import Predictions, evaluate, layer_costs
+from bnexp.evaluation.verdict import config_labels
 from bnexp.statistics import Statistics, batchnorm_layers, layer_drift, recompute_statistics
 
 EXACT_CHUNK = 100
 NO_BATCHNORM = "none"
+LAYER_COST_SAMPLES = 2000
 
 Progress = bool | Callable[[int, int | None], None]
 
@@ -141,30 +143,35 @@ def merge(first: Assessment, second: Assessment) -> Assessment:
     )
 
 
-def compare_assessment(assessment: Assessment, data: Data, config: Config) -> Comparison:
-    """The paired comparison with the first kind as baseline, and the drift of every layer."""
+def compare_assessment(
+    assessment: Assessment, model: nn.Module, data: Data, config: Config
+) -> Comparison:
+    """The paired comparison with the first kind as baseline, and how single layers differ.
+
+    Every other kind of statistics of `model` gets its drift by layer; the recomputed ones also
+    what exchanging one layer's statistics alone does on `LAYER_COST_SAMPLES` test images.
+    """
     baseline, *others = assessment.predictions
     reference = assessment.statistics[baseline]
+    batch_size = config.test.batch_size
     layers = {}
     for kind in others:
         statistics = assessment.statistics[kind]
-        if statistics is not None and "/" not in kind.removeprefix("recomputed/"):
-            drift = layer_drift(reference, statistics, config.model.eps)
-            layers[kind] = [asdict(row) for row in drift]
+        if statistics is None or "/" in kind.removeprefix("recomputed/"):
+            continue
+        drift = [asdict(row) for row in layer_drift(reference, statistics, config.model.eps)]
+        if kind.startswith("recomputed"):
+            costs = layer_costs(
+                model,
+                lambda: data.test.batches(batch_size, samples=LAYER_COST_SAMPLES),
+                reference,
+                statistics,
+            )
+            by_name = {cost.name: asdict(cost) for cost in costs}
+            drift = [{**row, **by_name[row["name"]]} for row in drift]
+        layers[kind] = drift
+    labels = config_labels(config.model_dump(mode="json"))
+    labels[NO_BATCHNORM] = "a network without batch normalization"
     return compare(
-        assessment.predictions, baseline, data.info.classes, labels=_labels(config), layers=layers
+        assessment.predictions, baseline, data.info.classes, labels=labels, layers=layers
     )
-
-
-def _labels(config: Config) -> dict[str, str]:
-    labels = {
-        "running": f"running averages (decay {config.statistics.decay:g})",
-        "batch": f"mini-batch statistics (batches of {config.test.batch_size})",
-        NO_BATCHNORM: "a network without batch normalization",
-    }
-    for weights in ("ema", "swa"):
-        labels[f"{weights}/recomputed"] = f"{weights.upper()} weights with recomputed statistics"
-        labels[f"{weights}/running"] = (
-            f"{weights.upper()} weights with the trained model's running averages"
-        )
-    return labels

@@ -39,7 +39,7 @@ DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 WIDE, NARROW = 7.2, 3.45  # inches; one inch is about 100 CSS pixels where the page has room
 _LEFT, _RIGHT, _BOTTOM = 0.48, 0.14, 0.42
-_TITLE, _LEGEND_ROW, _ROW = 0.27, 0.19, 0.22
+_TITLE, _LEGEND_ROW, _ROW, _TALL_ROW = 0.27, 0.19, 0.22, 0.33
 _STYLE = {
     "font.size": 8.5,
     "text.color": COLOUR["ink"],
@@ -194,37 +194,38 @@ def _lay_out_stack(figure: Figure, plot: Plot, axes: list[Axes], narrow: bool) -
 
 
 def _lay_out_rows(figure: Figure, plot: Plot, axes: list[Axes], narrow: bool) -> None:
-    width = NARROW if narrow else WIDE
-    shown = [_shorten(row, 18 if narrow else 26) for row in plot.rows]
-    left = _label_width(shown)
+    """Side by side with the names on the left; if narrow, stacked with each name above its row."""
+    heads = [_head(a, p.title, 2) for a, p in zip(axes, plot.panels, strict=True)]
     for a in axes:
-        a.set_ylim(len(shown) - 0.4, -0.6)
-        a.set_yticks(range(len(shown)), shown)
-        a.tick_params(axis="y", labelcolor=COLOUR["ink"])
+        a.set_ylim(len(plot.rows) - 0.4, -0.6)
+        a.set_yticks(range(len(plot.rows)), ["" for _ in plot.rows])
         a.grid(axis="y", visible=False)
         a.spines["left"].set_visible(False)
-    axes_height = _ROW * len(shown) + 0.1
-    heads = [_head(a, p.title, 2) for a, p in zip(axes, plot.panels, strict=True)]
     if narrow:
+        axes_height = _TALL_ROW * len(plot.rows)
         height = sum(heads) + (axes_height + _BOTTOM) * len(axes)
-        figure.set_size_inches(width, height)
+        figure.set_size_inches(NARROW, height)
         top = height
         for a, panel, head in zip(axes, plot.panels, heads, strict=True):
+            for i, name in enumerate(plot.rows):
+                a.text(0, i - 0.37, name, transform=a.get_yaxis_transform(), va="center", size=8)
             top -= head + axes_height
-            box = (left, top, width - left - _RIGHT, axes_height)
-            _place(figure, a, panel.title, box, 2, (width, height), title_x=0.02)
+            box = (0.1, top, NARROW - 0.1 - _RIGHT, axes_height)
+            _place(figure, a, panel.title, box, 2, (NARROW, height), title_x=0.02)
             top -= _BOTTOM
         return
+    names = [end_of(row, 30) for row in plot.rows]
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].tick_params(axis="y", labelcolor=COLOUR["ink"])
+    left, gap = _label_width(names), 0.3
+    axes_height = _ROW * len(names) + 0.1
     height = max(heads) + axes_height + _BOTTOM
-    figure.set_size_inches(width, height)
-    gap = 0.3
-    each = (width - left - _RIGHT - gap * (len(axes) - 1)) / len(axes)
+    figure.set_size_inches(WIDE, height)
+    each = (WIDE - left - _RIGHT - gap * (len(axes) - 1)) / len(axes)
     for i, (a, panel) in enumerate(zip(axes, plot.panels, strict=True)):
-        if i:
-            a.set_yticklabels([])
         x = left + i * (each + gap)
         box = (x, _BOTTOM, each, axes_height)
-        _place(figure, a, panel.title, box, 2, (width, height), title_x=x if i else 0.02)
+        _place(figure, a, panel.title, box, 2, (WIDE, height), title_x=x)
 
 
 def _head(axes: Axes, title: str, columns: int) -> float:
@@ -253,12 +254,9 @@ def _label_width(labels: Sequence[str]) -> float:
     return 0.18 + 0.068 * max((len(label) for label in labels), default=0)
 
 
-def _shorten(text: str, length: int) -> str:
-    """Keep both ends of a name: features.denseblock4.norm2 -> feature…block4.norm2"""
-    if len(text) <= length:
-        return text
-    start = length // 3
-    return f"{text[:start]}…{text[start + 1 - length :]}"
+def end_of(text: str, length: int) -> str:
+    """At most `length` characters, the last ones: layers differ at the end of their names."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
 # ------------------------------------------------------------------------ svg

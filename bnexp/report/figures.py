@@ -24,6 +24,7 @@ from bnexp.report.drawing import (
     Plot,
     Table,
     dashboard_png,
+    end_of,
     save,
 )
 from bnexp.report.sampling import envelope, thin
@@ -332,8 +333,8 @@ def layer_drift(run: RunData) -> Plot | None:
             y = np.arange(len(shown))
             low, high = (np.array([row[k] for row in shown]) for k in (value, worst))
             axes.hlines(y, low, high, color=colour, linewidth=1, alpha=0.5)
-            axes.plot(low, y, "o", color=colour, markersize=4.5, label="root mean square")
-            axes.plot(high, y, "|", color=colour, markersize=7, label="worst channel")
+            axes.plot(low, y, "o", color=colour, markersize=4.5)
+            axes.plot(high, y, "|", color=colour, markersize=7)
             axes.set_xlim(left=0)
             axes.margins(x=0.06)
             _value_axis(axes, narrow, percent_scale=False)
@@ -366,7 +367,7 @@ def layer_drift(run: RunData) -> Plot | None:
     )
     if with_costs:
         caption += (
-            f" On the right, what the test accuracy gains if this layer alone gets {_short(kind)} "
+            f" Last, what the test accuracy gains if this layer alone gets {_short(kind)} "
             "statistics; these need not add up."
         )
     if len(rows) > len(shown):
@@ -627,7 +628,7 @@ def _named(plot: Plot, panel: Panel) -> Panel:
         panel.draw(axes, narrow)
         shown = plot.rows[:14]
         axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.set_yticks(range(len(shown)), [n if len(n) <= 18 else f"…{n[-17:]}" for n in shown])
+        axes.set_yticks(range(len(shown)), [end_of(name, 18) for name in shown])
         axes.grid(axis="y", visible=False)
 
     return Panel(panel.title, draw, panel.height)

@@ -11,7 +11,7 @@ from torch import Tensor
 # A shifted second pass is taken where |mean| exceeds this many standard deviations.
 _OFFSET = 8.0
 # Accumulators per kernel call in the fold below: they stay in the first-level cache.
-_ACCUMULATORS = 1024
+_ACCUMULATORS = 2048
 _ROWS = 64
 
 

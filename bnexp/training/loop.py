@@ -22,7 +22,7 @@ from bnexp.evaluation.assessment import (
 )
 from bnexp.evaluation.comparison import Comparison
 from bnexp.runs import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
-from bnexp.training.checkpoints import load_checkpoint, remove_torn, save_checkpoint
+from bnexp.training.checkpoints import load_checkpoint, save_checkpoint
 from bnexp.training.display import Display
 from bnexp.training.metrics import StepLog
 from bnexp.training.optimization import learning_rate
@@ -332,13 +332,13 @@ class _Trainer:
             best = load_checkpoint(self.run.checkpoints / "best.pt")
             session.load_weights(best)
             with session.autocast():
-                found = assess(
-                    session.model, session.data.test, config.test.batch_size, self._kinds(final=True)
-                )
+                kinds = self._kinds(final=True)
+                found = assess(session.model, session.data.test, config.test.batch_size, kinds)
         for name, average in session.averages.items():
             if average.count and session.has_batchnorm:
                 found = merge(found, assess_average(session, name))
-        comparison = compare_assessment(found, session.data, config)
+        with session.autocast():
+            comparison = compare_assessment(found, session.model, session.data, config)
         write_comparison(self.run, comparison, session.step, weights)
         if self.events:
             self.events.close()

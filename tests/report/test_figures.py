@@ -12,7 +12,7 @@ from example import LAYERS, make_run
 
 from bnexp.report import write_results_png
 from bnexp.report.data import RunData
-from bnexp.report.drawing import COLOUR, Panel, Plot, _shorten, build, to_svg
+from bnexp.report.drawing import COLOUR, Panel, Plot, build, to_svg
 from bnexp.report.figures import run_plots, runs_accuracy, save_plots
 
 
@@ -198,8 +198,12 @@ def test_several_runs_share_a_plot(folder):
     assert len(plot.tables[0].rows) == 6
 
 
-def test_long_names_keep_both_ends():
-    short = _shorten("features.denseblock4.denselayer16.norm2", 20)
-    assert len(short) == 20
-    assert short.startswith("featur")
-    assert short.endswith("16.norm2")
+def test_long_layer_names_are_whole_where_narrow_and_keep_their_end_where_wide(folder):
+    run = RunData.read(make_run(folder, name="deep-1"))
+    name = "features.denseblock4.denselayer16.norm2"
+    for rows in run.comparison["layers"].values():
+        rows[0]["name"] = name
+    plot = next(plot for plot in run_plots(run) if plot.key == "layers")
+    assert any(text.get_text() == name for text in build(plot, narrow=True).axes[0].texts)
+    (shown, *_) = [label.get_text() for label in build(plot).axes[0].get_yticklabels()]
+    assert shown == "…enseblock4.denselayer16.norm2"
