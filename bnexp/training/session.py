@@ -108,7 +108,7 @@ class Session:
         return freeze_from is not None and self.step >= freeze_from
 
     def freeze_when_due(self) -> None:
-        """From `statistics.freeze_from_step` on, training normalizes with the running statistics."""
+        """From `statistics.freeze_from_step` on, normalize with the running statistics."""
         if self.has_batchnorm and self.step == self.config.statistics.freeze_from_step:
             freeze_batchnorm(self.model)
 

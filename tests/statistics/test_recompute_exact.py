@@ -10,12 +10,12 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import assert_same, single_batch, snapshot, worst_error
 from torch import nn
 
 import bnexp
 from bnexp.errors import UserError
 from bnexp.statistics import batchnorm_layers, recompute_statistics
-from tests.statistics.references import assert_same, single_batch, snapshot, worst_error
 
 
 def torchvision_model(name: str, size: int = 64, **options):

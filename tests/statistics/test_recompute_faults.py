@@ -10,12 +10,12 @@ import threading
 import greenlet
 import pytest
 import torch
+from references import assert_same, snapshot
 from torch import nn
 
 from bnexp.errors import UserError
 from bnexp.statistics import METHODS, estimate_memory, recompute_statistics
 from bnexp.statistics.memory import Store, memory_bound
-from tests.statistics.references import assert_same, snapshot
 
 
 class Fault(nn.Module):

@@ -11,13 +11,13 @@ import torch
 from fvcore.nn.precise_bn import update_bn_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import assert_same, snapshot, take_moments
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnexp
 from bnexp.errors import UserError
 from bnexp.statistics import METHODS, batch_statistics, recompute_statistics
-from tests.statistics.references import assert_same, snapshot, take_moments
 
 
 def network(dtype=torch.float64) -> nn.Sequential:
