@@ -19,7 +19,7 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
-    """Compare runs: what differs in their configs, accuracy by step and at the end, and seeds."""
+    """Set runs side by side."""
     from bnexp.errors import UserError
     from bnexp.report.data import RunData
     from bnexp.report.several import config_differences, seed_groups

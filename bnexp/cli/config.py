@@ -13,7 +13,7 @@ def config(
         Path | None, typer.Argument(metavar="CONFIG", help="YAML file to resolve.")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Dotted overrides.")
+        list[str] | None, typer.Argument(metavar="key=value", help="Dotted overrides.")
     ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema for editors instead.")

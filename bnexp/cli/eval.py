@@ -35,7 +35,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
-    """Evaluate a run on its whole test set under each kind of BN statistics, side by side."""
+    """Evaluate a run under each kind of BN statistics."""
     from bnexp.errors import UserError
     from bnexp.runs import find_run, newest_finished_run
 

@@ -29,7 +29,7 @@ def report(
         str, typer.Option("--format", help="html: one page; png or svg: every figure as a file.")
     ] = "html",
 ) -> None:
-    """Write one self-contained page about one or several runs, or their figures as files."""
+    """Write one self-contained HTML page about runs."""
     from bnexp.errors import UserError
     from bnexp.runs import find_run, newest_finished_run
 

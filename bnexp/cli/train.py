@@ -7,7 +7,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,7 +42,7 @@ def train(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Dotted overrides: training.steps=500"),
+        typer.Argument(metavar="key=value", help="Dotted overrides: training.steps=500"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")
@@ -53,7 +52,7 @@ def train(
         str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
     ] = None,
 ) -> None:
-    """Train a network, log its moving averages, and compare its BN statistics at the end."""
+    """Train a network and compare its BN statistics."""
     from bnexp.config import load_config
 
     assignments = list(overrides or [])
@@ -302,6 +301,8 @@ def _command() -> str:
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

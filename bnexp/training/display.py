@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-REDRAW_SECONDS = 0.1
+REDRAW_SECONDS = 0.25
 PLAIN_SECONDS = 10.0
 
 

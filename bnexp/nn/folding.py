@@ -1,0 +1,128 @@
+"""Folding batch normalization into the convolutions before it, for evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
+
+from bnexp.nn.batchnorm import _BatchNorm
+
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+
+_PLAIN_FORWARDS = (_TorchBatchNorm.forward, _BatchNorm.forward)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_pairs: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def folded(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the convolutions of `model` do the work of the BN layers behind them.
+
+    In inference a BN layer is `scale * (x - mean) + bias` with `scale = weight / sqrt(var + eps)`,
+    per channel, and so the convolution before it can have its filters multiplied by `scale` and
+    `(its bias - mean) * scale + bias` for a bias (Jacob et al. 2018, section 3.2). That is done
+    once, in float64, from the running buffers as they are on entry; outputs agree to rounding.
+
+    Folded are `nn.BatchNorm2d` and bnexp's in eval mode with running buffers, where the layer is
+    the only one to use what an `nn.Conv2d` returns; where either is called several times or has
+    hooks, nothing changes, and neither in a model that torch.fx can't trace or that torch.compile
+    wrapped. The graph is traced once per model: its structure must not change afterwards.
+
+    The convolutions are lent other parameters; on exit, also after an exception, they and the BN
+    layers have again the very objects they had. Don't train or change statistics inside.
+    """
+    saved: list[tuple[Pair, dict]] = []
+    try:
+        for conv, bn in _foldable(model):
+            weight, bias = _folded_parameters(conv, bn)
+            saved.append(((conv, bn), dict(conv._parameters)))
+            conv._parameters.update(weight=weight, bias=bias)
+            vars(bn)["forward"] = _passing_on(bn)
+        yield model
+    finally:
+        for (conv, bn), parameters in saved:
+            conv._parameters.update(parameters)
+            vars(bn).pop("forward", None)
+
+
+def _foldable(model: nn.Module) -> list[Pair]:
+    if model not in _pairs:
+        _pairs[model] = _find_pairs(model)
+    return [
+        (conv, bn)
+        for conv, bn in _pairs[model]
+        if not bn.training
+        and bn.running_mean is not None
+        and bn.running_var is not None
+        and "forward" not in vars(bn)
+        and not any(getattr(layer, hooks) for layer in (conv, bn) for hooks in _HOOKS)
+    ]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, _TorchBatchNorm) or super().is_leaf_module(module, name)
+
+
+def _find_pairs(model: nn.Module) -> list[Pair]:
+    """The (convolution, BN layer) of `model` where one's output goes to the other alone."""
+    if hasattr(model, "_orig_mod"):
+        return []
+    try:
+        nodes = list(_Tracer().trace(model).nodes)
+    except Exception:  # whatever a foreign forward raises when it is given a Proxy
+        return []
+    modules = dict(model.named_modules())
+    calls = Counter(modules[node.target] for node in nodes if node.op == "call_module")
+    read = {modules[node.target.rpartition(".")[0]] for node in nodes if node.op == "get_attr"}
+    pairs = []
+    for node in nodes:
+        before = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
+        if not isinstance(before, fx.Node) or before.op != "call_module":
+            continue
+        conv, bn = modules[before.target], modules[node.target]
+        if (
+            type(conv) is nn.Conv2d
+            and isinstance(bn, nn.BatchNorm2d)
+            and type(bn).forward in _PLAIN_FORWARDS
+            and list(before.users) == [node]
+            and calls[conv] == calls[bn] == 1
+            and not {conv, bn} & read
+        ):
+            pairs.append((conv, bn))
+    return pairs
+
+
+@torch.no_grad()
+def _folded_parameters(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Parameter]:
+    slot = getattr(bn, "_slot", None)
+    if slot is not None and slot.busy:
+        slot.feed()
+    kind = torch.float32 if conv.weight.device.type == "mps" else torch.float64
+    scale = (bn.running_var.to(kind) + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(kind)
+    shift = -bn.running_mean.to(kind)
+    if conv.bias is not None:
+        shift = shift + conv.bias.to(kind)
+    bias = shift * scale
+    if bn.bias is not None:
+        bias = bias + bn.bias.to(kind)
+    weight = conv.weight.to(kind) * scale[:, None, None, None]
+    return tuple(
+        nn.Parameter(value.to(conv.weight.dtype), requires_grad=False) for value in (weight, bias)
+    )
+
+
+def _passing_on(bn: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
+    def forward(input: Tensor) -> Tensor:
+        bn._check_input_dim(input)
+        return input
+
+    return forward
