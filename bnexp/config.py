@@ -332,6 +332,8 @@ class PerformanceConfig(Section):
     channels_last: bool = True
     compile: bool = False
     """torch.compile the training step's model."""
+    fold_batchnorm: bool = True
+    """Evaluate with BN folded into the convolutions before it; changes logits by rounding alone."""
     tf32: bool = True
     """Let CUDA multiply float32 matrices with TensorFloat-32."""
 

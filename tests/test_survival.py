@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up_during_the_run(bnexp, config, small_disk):
     trained(bnexp, config, "training.steps=20", "--name", "first")
     filler = small_disk / "filler"
     command = bnexp.start("train", config, "training.steps=5000", "--name", "victim",
-                          "test.every=null", "checkpoints={every_steps: 20, every_seconds: null}")
+                          "test.every=null", "training.averages={}", "checkpoints={every_steps: 20, every_seconds: null}")
     run = Run(small_disk / "runs" / "victim-1")
     wait_for(lambda: list((run.path / "checkpoints").glob("step-*.pt")))
     with open(filler, "wb") as file, contextlib.suppress(OSError):
@@ -272,12 +272,19 @@ def test_resuming_with_another_model_or_data_is_refused_with_the_keys(bnexp, con
 
 
 def test_more_steps_are_allowed_and_recorded(bnexp, config):
-    run = trained(bnexp, config, "training.steps=10")
+    without_swa = "training.averages={}"
+    run = trained(bnexp, config, "training.steps=10", without_swa)
     done = bnexp("train", "--resume", run.path, "training.steps=25")
     assert done.code == 0, done.stderr
     assert run.steps()["step"].tolist() == list(range(1, 26))
     assert run.environment["resumes"][0]["changes"] == {"training.steps": [10, 25]}
     assert run.load_config().training.steps == 25
+
+
+def test_another_length_is_refused_where_swa_has_a_start(bnexp, config):
+    run = trained(bnexp, config, "training.steps=10")
+    done = bnexp("train", "--resume", run.path, "training.steps=25")
+    assert done.code == 2 and "training.averages.swa" in done.stderr
 
 
 def test_divergence_stops_the_run_says_where_and_keeps_a_good_checkpoint(bnexp, config):

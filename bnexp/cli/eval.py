@@ -119,5 +119,6 @@ def _compare(session, model, recompute_stats, methods, samples, batch, show_prog
             samples,
             progress=show_progress and sys.stderr.isatty(),
         )
-        found = assess(model, data.test, config.test.batch_size, kinds)
+        fold = config.performance.fold_batchnorm
+        found = assess(model, data.test, config.test.batch_size, kinds, fold=fold)
         return compare_assessment(found, model, data, config)

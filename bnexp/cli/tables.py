@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bnexp.evaluation.comparison import Comparison, KindResult
 
 PIPE_WIDTH = 160
-WIDTH_FOR_LOSS = 100
+WIDE = 100
 
 
 def output() -> Console:
@@ -35,11 +35,8 @@ def print_comparison(comparison: Comparison, layers: int = 0) -> None:
 
 
 def _print_kinds(console: Console, comparison: Comparison) -> None:
-    with_loss = console.width >= WIDTH_FOR_LOSS
-    table = Table(
-        title=f"{comparison.samples:,} test images", title_justify="left", box=None,
-        padding=(0, 1, 0, 0), pad_edge=False,
-    )
+    with_loss = console.width >= WIDE
+    table = _table(console, f"{comparison.samples:,} test images")
     columns = ["accuracy %", "95 % interval", "loss", "points", "95 % interval", "changed", "p"]
     table.add_column("statistics", no_wrap=True)
     for column in columns:
@@ -59,6 +56,13 @@ def _print_kinds(console: Console, comparison: Comparison) -> None:
             f"its; p: exact McNemar test{several}.",
             style="dim",
         )
+
+
+def _table(console: Console, title: str) -> Table:
+    gap = 2 if console.width >= WIDE else 1
+    return Table(
+        title=title, title_justify="left", box=None, padding=(0, gap, 0, 0), pad_edge=False
+    )
 
 
 def _cells(kind: KindResult) -> list[str]:
@@ -88,10 +92,7 @@ def _recomputed(comparison: Comparison) -> str | None:
 
 
 def _print_drift(console: Console, kind: str, rows: list[dict], baseline: str) -> None:
-    table = Table(
-        title=f"\nlayers whose {baseline} statistics are furthest from {kind}",
-        title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False,
-    )
+    table = _table(console, f"\nlayers whose {baseline} statistics are furthest from {kind}")
     table.add_column("layer")
     columns = ["mean off by", "at worst", "log variance ratio", "at worst"]
     if "difference" in rows[0]:

@@ -232,6 +232,11 @@ def _resumed_config(run: Run, path: str | None, assignments: list[str]) -> tuple
             f"{run.path} can't be resumed with another model, data or training ({listed}); "
             "start a new run for that"
         )
+    if settings.training.averages.swa and {"training.epochs", "training.steps"} & changes.keys():
+        raise UserError(
+            f"{run.path} averages weights from a share of the run on (training.averages.swa): "
+            "another length would move that start; resume it without changing its length"
+        )
     return settings, changes
 
 

@@ -86,11 +86,12 @@ def assess(
     batch_size: int,
     statistics: Mapping[str, Statistics | Callable[[], Statistics] | None],
     prefix: str = "",
+    fold: bool = False,
 ) -> Assessment:
     """Evaluate `model` on the whole `split` under each of `statistics`.
 
     A value is `Statistics`, a function that computes them (its time counts), or None for
-    mini-batch statistics. `prefix` goes before the kinds' names.
+    mini-batch statistics. `prefix` goes before the kinds' names; `fold` is `evaluate`'s.
     """
     result = Assessment()
     for kind, source in statistics.items():
@@ -98,7 +99,9 @@ def assess(
         result.statistics[prefix + kind] = source() if callable(source) else source
         result.seconds[prefix + kind] = time.perf_counter() - started
     started = time.perf_counter()
-    result.predictions = evaluate(model, lambda: split.batches(batch_size), result.statistics)
+    result.predictions = evaluate(
+        model, lambda: split.batches(batch_size), result.statistics, fold
+    )
     each = (time.perf_counter() - started) / len(result.statistics)
     for kind in result.seconds:
         result.seconds[kind] += each

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 from bnexp.evaluation.comparison import paired_counts, paired_interval
+from bnexp.nn.folding import folded
 from bnexp.statistics import Statistics, batch_statistics
 
 Batch = tuple[Tensor, Tensor]
@@ -70,14 +71,17 @@ def evaluate(
     model: nn.Module,
     make_batches: Callable[[], Batches],
     kinds: dict[str, Statistics | None],
+    fold: bool = False,
 ) -> dict[str, Predictions]:
     """Predictions for the same samples under each kind of statistics, under the same names.
 
     None stands for batch statistics: every sample is normalized with its own mini-batch. There a
     short last mini-batch is filled up with the samples before it, so that every sample is
     normalized within a mini-batch of the same size (with one sample of its own it could not be at
-    all). `make_batches` is called once; its batches are shared by all kinds. The model's buffers
-    and training flags are as they were afterwards, also after an exception.
+    all). `make_batches` is called once; its batches are shared by all kinds. With `fold`, BN layers
+    are folded into the convolutions before them where they can be (`bnexp.nn.folding`), which
+    changes logits by rounding alone. The model's buffers, parameters and training flags are as they
+    were afterwards, also after an exception.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in kinds}
     with _inference_mode(model):
@@ -87,7 +91,7 @@ def evaluate(
                     with batch_statistics(model):
                         parts[name] += [_predict_filled(model, *item) for item in block]
                 else:
-                    with statistics.applied_to(model):
+                    with statistics.applied_to(model), folded(model) if fold else nullcontext():
                         parts[name] += [_predict_batch(model, x, y) for _, x, y in block]
     return {name: _gather(rows) for name, rows in parts.items()}
 

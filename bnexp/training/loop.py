@@ -254,16 +254,21 @@ class _Trainer:
         session, config = self.session, self.config
         data, test = session.data, config.test
         kinds = self._kinds(final)
-        found = assess(session.model, data.test, test.batch_size, kinds)
+        fold = config.performance.fold_batchnorm
+        found = assess(session.model, data.test, test.batch_size, kinds, fold=fold)
         rows = found.rows(session.step, "test")
         baseline = next(iter(kinds))
         only_baseline = {baseline: kinds[baseline]}
         metric = found.predictions[baseline].accuracy
         if test.train_accuracy:
-            on_train = assess(session.model, data.train, test.batch_size, only_baseline)
+            on_train = assess(
+                session.model, data.train, test.batch_size, only_baseline, fold=fold
+            )
             rows += on_train.rows(session.step, "train")
         if data.val is not None:
-            on_val = assess(session.model, data.val, test.batch_size, only_baseline)
+            on_val = assess(
+                session.model, data.val, test.batch_size, only_baseline, fold=fold
+            )
             rows += on_val.rows(session.step, "val")
             on_val = on_val.predictions[baseline]
             stopping = config.training.early_stopping
@@ -333,7 +338,13 @@ class _Trainer:
             session.load_weights(best)
             with session.autocast():
                 kinds = self._kinds(final=True)
-                found = assess(session.model, session.data.test, config.test.batch_size, kinds)
+                found = assess(
+                    session.model,
+                    session.data.test,
+                    config.test.batch_size,
+                    kinds,
+                    fold=config.performance.fold_batchnorm,
+                )
         for name, average in session.averages.items():
             if average.count and session.has_batchnorm:
                 found = merge(found, assess_average(session, name))
@@ -352,7 +363,14 @@ def assess_average(session: Session, name: str) -> Assessment:
     with session.autocast():
         kinds = kinds_to_assess(model, data, config, session.estimates(), ["recomputed"])
         chosen = {kind: kinds[kind] for kind in ("recomputed", "running")}
-        return assess(model, data.test, config.test.batch_size, chosen, prefix=f"{name}/")
+        return assess(
+            model,
+            data.test,
+            config.test.batch_size,
+            chosen,
+            prefix=f"{name}/",
+            fold=config.performance.fold_batchnorm,
+        )
 
 
 def write_comparison(run: Run, comparison: Comparison, step: int, weights: str) -> None:

@@ -66,6 +66,8 @@ class Session:
         ).to(device)
         if config.performance.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        else:  # batches come channels_last, and convolutions would pass that on
+            self.model.register_forward_pre_hook(_contiguous)
         self.has_batchnorm = bool(batchnorm_layers(self.model))
         self.tracker = None
         if self.has_batchnorm:
@@ -172,6 +174,11 @@ class Session:
             ) from None
         if self.tracker:
             self.tracker.load_state_dict(state["tracker"])
+
+
+def _contiguous(model: nn.Module, inputs: tuple) -> tuple:
+    """With the strides of a contiguous tensor, also where a single channel leaves a choice."""
+    return tuple(x.flatten().view(x.shape) for x in inputs)
 
 
 def averaged_model(session: Session, weights: str) -> nn.Module:
