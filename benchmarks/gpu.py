@@ -33,10 +33,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bnexp.performance import keep_freed_memory
-
-keep_freed_memory()
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -48,6 +44,7 @@ from torchvision import transforms
 
 from bnexp.nn import restore_batchnorm
 from bnexp.nn.models import build_model
+from bnexp.performance import keep_freed_memory
 
 IMAGES = 50_000
 EVERY = 100  # bnexp flushes its log after so many steps: turns of it are multiples of that
@@ -136,7 +133,9 @@ def timed(step: Callable[[], None], device: torch.device, warm: int = 3) -> Turn
     return turn
 
 
-def bnexp_turn(name: str, device: torch.device, batch_size: int, compiled: bool, folder: Path) -> Turn:
+def bnexp_turn(
+    name: str, device: torch.device, batch_size: int, compiled: bool, folder: Path
+) -> Turn:
     session = make_session(
         name, device, batch_size, {"compile": compiled}, train=IMAGES, test=100
     )
@@ -279,14 +278,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    keep_freed_memory()
     device = arguments.device
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device is usable here; try --device cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(
-        f"{what}, {os.cpu_count()} cores, torch {torch.__version__}, {arguments.workers} DataLoader "
-        f"workers, {arguments.rounds} rounds\n"
+        f"{what}, {os.cpu_count()} cores, torch {torch.__version__}, "
+        f"{arguments.workers} DataLoader workers, {arguments.rounds} rounds\n"
     )
     print("| network | batch | contender | step, ms (range) | images/s | ÷ bare |")
     print("| --- | ---: | --- | ---: | ---: | ---: |")

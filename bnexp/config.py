@@ -35,6 +35,18 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_in_place_of_a_value(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and field.annotation is not bool:
+                raise ValueError(
+                    f"{name} is {str(value).lower()} (YAML reads yes, no, on and off so), which "
+                    "is not allowed here"
+                )
+        return values
+
 
 # ---------------------------------------------------------------------------------------- data
 
@@ -110,9 +122,9 @@ EstimatorConfig = Annotated[
 class RecomputeConfig(Section):
     method: Literal["exact", "pooled", "batch-mean"] = "exact"
     """How population statistics are recomputed; see docs/statistics.md."""
-    samples: PositiveInt | None = 10_000
+    samples: Annotated[int, Field(ge=2)] | None = 10_000
     """How many training images they are computed over; null takes all."""
-    batch_size: PositiveInt | None = None
+    batch_size: Annotated[int, Field(ge=2)] | None = None
     """Images per forward pass: the mini-batch of `pooled` and `batch-mean` (default: the
     training batch size), a matter of speed alone for `exact` (default: at most 100)."""
     augment: bool = True
@@ -120,6 +132,16 @@ class RecomputeConfig(Section):
     statistics is how they are averaged."""
     memory: str | None = None
     """Bound on the activations `exact` keeps waiting, such as 2GiB or 50%."""
+
+    @field_validator("memory")
+    @classmethod
+    def _amount(cls, memory: str | None) -> str | None:
+        if memory is None or re.fullmatch(r"[\d.]+\s*[KMGT]?i?B?", memory, re.IGNORECASE):
+            return memory
+        share = re.fullmatch(r"([\d.]+)\s*%", memory)
+        if not share or not 0 < float(share[1]) <= 100:
+            raise ValueError(f"{memory!r} is no amount of memory; write 2GiB, or 50% of the free")
+        return memory
 
 
 class StatisticsConfig(Section):
@@ -137,10 +159,11 @@ class StatisticsConfig(Section):
     @classmethod
     def _names(cls, estimators: dict) -> dict:
         for name in estimators:
-            if name in ("running", "recomputed", "batch") or "/" in name or "," in name:
+            taken = name in ("running", "recomputed", "batch", "none")
+            if taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise ValueError(
-                    f"{name!r} can't name an estimator: running, recomputed and batch are taken, "
-                    "and a name has no '/' or ','"
+                    f"{name!r} can't name an estimator: running, recomputed, batch and none are "
+                    "taken; use letters, digits, '.', '_' and '-'"
                 )
         return estimators
 
@@ -349,7 +372,7 @@ class ExpectConfig(Section):
 
 
 class Config(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(max_length=100)] = "run"
     """The run's folder is runs/<name>-<number>; without it, the config file's name."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"
@@ -364,6 +387,16 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     expect: ExpectConfig = ExpectConfig()
 
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"{name!r} can't name a folder: use letters, digits, '.', '_' and '-', the first "
+                "a letter or digit"
+            )
+        return name
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
@@ -375,6 +408,14 @@ class Config(Section):
     def _sections_agree(self):
         if self.training.early_stopping and not self.test.every:
             raise ValueError("training.early_stopping needs evaluations: set test.every")
+        if "batch" in self.test.statistics and self.test.batch_size < 2:
+            raise ValueError("test.statistics has batch, so test.batch_size must be at least 2")
+        part, batch = self.statistics.normalization_batch, self.training.batch_size
+        if part and batch > part and batch % part == 1:
+            raise ValueError(
+                f"statistics.normalization_batch {part} leaves one image of training.batch_size "
+                f"{batch} over, which has no variance; choose a divisor"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -390,7 +431,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is not a word", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
@@ -407,6 +454,8 @@ def _parse_yaml(text: str, where: str) -> Any:
         line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None
 
 
 def _read(path: Path) -> dict:
@@ -454,7 +503,8 @@ def load_config(path: Path, overrides: list[str] = ()) -> Config:
     unknown key, a value of the wrong type or out of range, or sections that contradict each other.
     """
     tree = _read(path)
-    tree.setdefault("name", path.stem)
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
+    tree.setdefault("name", words[:100] or "run")
     return resolve(tree, overrides, str(path))
 
 
@@ -527,6 +577,9 @@ def _explain(error: dict) -> str:
         known = _keys_at(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        if len(location) == 4 and location[1] in ("optimizer", "schedule"):
+            whole = f"{location[0]}.{location[1]}"
+            hint += f" (to change the kind, replace it: {whole}='{{name: {location[2]}, ...}}')"
         return f"unknown key {key}; {hint}"
     if kind == "missing":
         return f"{key} is missing"

@@ -13,7 +13,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import difflib
 import io
 import json
 import os
@@ -68,7 +70,7 @@ class CsvLog:
         header = ",".join(columns) + "\n"
         kept = [header]
         if path.exists():
-            for line in path.read_text().splitlines(keepends=True)[1:]:
+            for line in path.read_text(errors="replace").splitlines(keepends=True)[1:]:
                 step = line.partition(",")[0]
                 if line.endswith("\n") and step.isdigit() and int(step) <= last_step:
                     kept.append(line)
@@ -112,9 +114,12 @@ class Run:
         import yaml
 
         try:
-            return yaml.safe_load((self.path / "config.yaml").read_text())
-        except yaml.YAMLError as error:
+            config = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}/config.yaml is damaged: {error}") from None
+        if not isinstance(config, dict) or not {"data", "model"} <= config.keys():
+            raise UserError(f"{self.path}/config.yaml is damaged: it is not a run's config")
+        return config
 
     def load_config(self) -> Config:
         from bnexp.config import load_config
@@ -141,19 +146,39 @@ class Run:
         """The columns of steps.csv as float64 arrays; a line being written is left out."""
         import numpy as np
 
-        rows = self._rows("steps.csv")
+        rows = self._rows("steps.csv", len(STEP_COLUMNS))
         if not rows:
             return {name: np.empty(0) for name in STEP_COLUMNS}
-        table = np.array([[float(v) for v in row] for row in rows])
+        try:
+            table = np.array([[float(v) for v in row] for row in rows])
+        except ValueError as error:
+            raise UserError(f"{self.path}/steps.csv is damaged: {error}") from None
         return {name: table[:, i] for i, name in enumerate(STEP_COLUMNS)}
 
     def evals(self) -> list[dict]:
         """The rows of evals.csv, numbers parsed."""
         numbers = {"step": int, "samples": int, "accuracy": float, "loss": float, "seconds": float}
-        return [
-            {k: numbers.get(k, str)(v) for k, v in zip(EVAL_COLUMNS, row, strict=True)}
-            for row in self._rows("evals.csv")
-        ]
+        try:
+            return [
+                {k: numbers.get(k, str)(v) for k, v in zip(EVAL_COLUMNS, row, strict=True)}
+                for row in self._rows("evals.csv", len(EVAL_COLUMNS))
+            ]
+        except ValueError as error:
+            raise UserError(f"{self.path}/evals.csv is damaged: {error}") from None
+
+    def write_state(
+        self, state: str, step: int, total_steps: int, weights="last", message: str | None = None
+    ) -> None:
+        self.write_json(
+            "state.json",
+            {
+                "state": state,
+                "step": step,
+                "total_steps": total_steps,
+                "weights": weights,
+                "message": message,
+            },
+        )
 
     def write_json(self, filename: str, value: dict) -> None:
         write_atomically(self.path / filename, _to_json(value))
@@ -179,19 +204,28 @@ class Run:
 
     def _json(self, filename: str) -> dict | None:
         try:
-            return json.loads((self.path / filename).read_text())
+            value = json.loads((self.path / filename).read_text())
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path / filename} is damaged: {error}") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{self.path / filename} is damaged: it is not a JSON object")
+        return value
 
-    def _rows(self, filename: str) -> list[list[str]]:
+    def _rows(self, filename: str, columns: int) -> list[list[str]]:
         try:
             text = (self.path / filename).read_text()
         except FileNotFoundError:
             return []
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path / filename} is damaged: {error}") from None
         whole = text[: text.rfind("\n") + 1]
-        return list(csv.reader(io.StringIO(whole)))[1:]
+        rows = list(csv.reader(io.StringIO(whole)))[1:]
+        for number, row in enumerate(rows, start=2):
+            if len(row) != columns:
+                raise UserError(f"{self.path / filename} is damaged in line {number}")
+        return rows
 
 
 def create_run(config: Config, environment: dict, runs: Path = RUNS) -> Run:
@@ -200,7 +234,10 @@ def create_run(config: Config, environment: dict, runs: Path = RUNS) -> Run:
     The folder is filled under a temporary name and then renamed; a rename onto a folder that
     another process made in the meantime fails, and the next number is tried.
     """
-    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{runs}/ can't be made here: run bnexp in another folder") from None
     staging = Path(tempfile.mkdtemp(prefix=f".{config.name}-", dir=runs))
     try:
         staging.chmod(0o755)
@@ -248,7 +285,11 @@ def all_runs(runs: Path = RUNS) -> list[Run]:
 
 def _created(run: Run) -> tuple:
     number = run.name.rpartition("-")[2]
-    return (run.environment.get("created", ""), int(number) if number.isdigit() else 0)
+    try:
+        created = str(run.environment.get("created", ""))
+    except UserError:
+        created = ""
+    return (created, int(number) if number.isdigit() else 0)
 
 
 def find_run(given: str, runs: Path = RUNS) -> Run:
@@ -260,12 +301,15 @@ def find_run(given: str, runs: Path = RUNS) -> Run:
     if path.exists():
         raise UserError(f"{given} is not a run folder: it has no config.yaml and steps.csv")
     names = [run.name for run in all_runs(runs)]
+    if near := difflib.get_close_matches(path.name, names, n=3):
+        raise UserError(f"no run {given}; did you mean {', '.join(near)}?")
     hint = f"the newest are {', '.join(names[:3])}" if names else f"{runs}/ has none yet"
     raise UserError(f"no run {given}; {hint}")
 
 
 def newest_finished_run(runs: Path = RUNS) -> Run:
     for run in all_runs(runs):
-        if run.state["state"] == "finished":
-            return run
+        with contextlib.suppress(UserError):  # a damaged run is not a finished one
+            if run.state["state"] == "finished":
+                return run
     raise UserError(f"no finished run below {runs}/; train one: bnexp train configs/digits.yaml")

@@ -204,14 +204,14 @@ def test_checkpoints_that_are_damaged_foreign_or_malicious(bnexp, quick):
     (run.checkpoints / "best.pt").unlink()
 
     checkpoint.write_bytes(whole[:-100])
-    assert "damaged" in error_line(bnexp("eval"), 1)
+    assert "damaged" in error_line(bnexp("eval"))
 
     class Bomb:
         def __reduce__(self):
             return open, (str(bnexp.cwd / "ran"), "w")
 
     torch.save({"format": 1, "step": Bomb()}, checkpoint)
-    assert "could run code" in error_line(bnexp("eval"), 1)
+    assert "could run code" in error_line(bnexp("eval"))
     assert not (bnexp.cwd / "ran").exists()
 
     checkpoint.write_bytes(whole)

@@ -223,7 +223,8 @@ def test_a_disk_that_fills_up_during_the_run(bnexp, config, small_disk):
     trained(bnexp, config, "training.steps=20", "--name", "first")
     filler = small_disk / "filler"
     command = bnexp.start("train", config, "training.steps=5000", "--name", "victim",
-                          "test.every=null", "training.averages={}", "checkpoints={every_steps: 20, every_seconds: null}")
+                          "test.every=null", "training.averages={}",
+                          "checkpoints={every_steps: 20, every_seconds: null}")
     run = Run(small_disk / "runs" / "victim-1")
     wait_for(lambda: list((run.path / "checkpoints").glob("step-*.pt")))
     with open(filler, "wb") as file, contextlib.suppress(OSError):
@@ -268,7 +269,7 @@ def test_resuming_with_another_model_or_data_is_refused_with_the_keys(bnexp, con
     assert "model.name: 'small-cnn' became 'mlp'" in done.stderr
     assert "training.batch_size: 32 became 16" in done.stderr
     done = bnexp("train", "--resume", run.path)
-    assert done.code == 2 and "has finished its 10 steps" in done.stderr
+    assert done.code == 2 and "has finished at step 10" in done.stderr
 
 
 def test_more_steps_are_allowed_and_recorded(bnexp, config):

@@ -14,7 +14,7 @@ name: events
 data: {name: digits}
 model: {name: mlp}
 statistics: {estimators: {slow: {rule: ema, decay: 0.99}}}
-training: {steps: 30, batch_size: 64}
+training: {steps: 30, batch_size: 64, check_every: 7}
 test: {every: 10, statistics: [running, recomputed]}
 logging: {tensorboard: true}
 """

@@ -46,7 +46,7 @@ def evaluate(
         raise UserError("--method and --samples say how to recompute: add --recompute-stats")
     if weights is not None and weights not in WEIGHTS:
         raise UserError(f"--weights {weights}: allowed are {', '.join(WEIGHTS)}")
-    found = find_run(run) if run else newest_finished_run()
+    found = find_run(run) if run is not None else newest_finished_run()
     config = found.load_config()
     if config.performance.allocator:
         from bnexp.performance import keep_freed_memory

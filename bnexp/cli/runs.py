@@ -19,7 +19,7 @@ def runs(
     """List the runs, newest first."""
     from bnexp.runs import all_runs
 
-    rows = [describe(run) for run in all_runs(folder)]
+    rows = [_describe_or_damaged(run) for run in all_runs(folder)]
     if as_json:
         print(json.dumps(rows, indent=2, allow_nan=False))
         return
@@ -27,6 +27,17 @@ def runs(
         print(f"no runs in {folder}/ yet; train one: bnexp train configs/digits.yaml")
         return
     _print(rows)
+
+
+def _describe_or_damaged(run: Run) -> dict[str, Any]:
+    from bnexp.errors import UserError
+
+    try:
+        return describe(run)
+    except (UserError, KeyError, TypeError):
+        fields = ("data", "model", "step", "total_steps", "test_accuracy", "created")
+        unknown = dict.fromkeys(fields)
+        return {"name": run.name, "path": str(run.path), "state": "damaged", **unknown}
 
 
 def describe(run: Run) -> dict[str, Any]:

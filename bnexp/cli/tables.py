@@ -31,13 +31,13 @@ def print_comparison(comparison: Comparison, layers: int = 0) -> None:
     _print_kinds(console, comparison)
     if layers and (kind := _recomputed(comparison)):
         _print_drift(console, kind, comparison.layers[kind][:layers], comparison.baseline)
-    console.print(f"\n[bold]{comparison.verdict}[/bold]\n")
+    console.print(f"\n[bold]{comparison.verdict}[/bold]\n", soft_wrap=not console.is_terminal)
 
 
 def _print_kinds(console: Console, comparison: Comparison) -> None:
     with_loss = console.width >= WIDE
     table = _table(console, f"{comparison.samples:,} test images")
-    columns = ["accuracy %", "95 % interval", "loss", "points", "95 % interval", "changed", "p"]
+    columns = ["accuracy %", "95 % interval", "loss", "difference", "its 95 %", "changed", "p"]
     table.add_column("statistics", no_wrap=True)
     for column in columns:
         if column != "loss" or with_loss:
@@ -52,8 +52,8 @@ def _print_kinds(console: Console, comparison: Comparison) -> None:
         corrected = ", corrected for testing several kinds (Holm)"
         several = corrected if len(comparison.kinds) > 2 else ""
         console.print(
-            f"points: difference to {comparison.baseline}; changed: predictions that differ from "
-            f"its; p: exact McNemar test{several}.",
+            f"difference to {comparison.baseline}, in points; changed: predictions that differ "
+            f"from its; p: exact McNemar test{several}.",
             style="dim",
         )
 
@@ -87,7 +87,7 @@ def _cells(kind: KindResult) -> list[str]:
 
 
 def _recomputed(comparison: Comparison) -> str | None:
-    kinds = [kind for kind in comparison.layers if kind.startswith("recomputed")]
+    kinds = [kind for kind in comparison.layers if kind.partition("/")[0] == "recomputed"]
     return kinds[0] if kinds else next(iter(comparison.layers), None)
 
 

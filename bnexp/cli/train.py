@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import shlex
 import subprocess
@@ -59,10 +60,10 @@ def train(
     if resume and config and "=" in config:
         assignments.insert(0, config)
         config = None
-    if device:
-        assignments.append(f"device={device}")
-    if name:
-        assignments.append(f"name={name}")
+    if device is not None:
+        assignments.append(f"device={json.dumps(device)}")
+    if name is not None:
+        assignments.append(f"name={json.dumps(name)}")
     if resume:
         run = find_run(resume)
         settings, changes = _resumed_config(run, config, assignments)
@@ -159,15 +160,8 @@ def _set_backends(config: Config, device) -> None:
 
 
 def _write_state(run: Run, session, state: str, message: str | None = None, weights="last") -> None:
-    value = {
-        "state": state,
-        "step": session.step,
-        "total_steps": session.total_steps,
-        "weights": weights,
-        "message": message,
-    }
     try:
-        run.write_json("state.json", value)
+        run.write_state(state, session.step, session.total_steps, weights, message)
     except OSError:
         if state != "failed":
             raise
@@ -240,6 +234,38 @@ def _resumed_config(run: Run, path: str | None, assignments: list[str]) -> tuple
     return settings, changes
 
 
+def _finished(run: Run) -> bool:
+    try:
+        return run.state["state"] == "finished"
+    except UserError:  # a damaged state.json is written anew
+        return False
+
+
+def _may_go_on(state: dict, changes: dict) -> bool:
+    """Whether a run that stopped by itself is given a reason to go on."""
+    reasons = ("training.epochs", "training.steps", "training.early_stopping")
+    return not state.get("stopped") or any(key.startswith(reasons) for key in changes)
+
+
+def _allow_what_changed(session: Session, changes: dict) -> None:
+    if session.stopped and _may_go_on({"stopped": session.stopped}, changes):
+        session.stopped = None
+        session.evaluations_without_improvement = 0
+    if "training.early_stopping.metric" in changes or "training.early_stopping" in changes:
+        session.best_metric = None
+        session.evaluations_without_improvement = 0
+    schedule = session.config.training.schedule.name
+    if {"training.epochs", "training.steps"} & changes.keys() and schedule not in (
+        "constant",
+        "plateau",
+    ):
+        print(
+            f"bnexp: with another length the {schedule} schedule is stretched: the learning rate "
+            "jumps where the run goes on",
+            file=sys.stderr,
+        )
+
+
 def _flat(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
@@ -251,7 +277,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def _resume(run: Run, config: Config, device, changes: dict):
-    from bnexp.training.checkpoints import newest_checkpoint, remove_torn
+    from bnexp.training.checkpoints import newest_checkpoint, remove_torn, step_checkpoints
     from bnexp.training.session import Session
 
     state, passed_over = newest_checkpoint(run.checkpoints)
@@ -259,14 +285,16 @@ def _resume(run: Run, config: Config, device, changes: dict):
         print(f"bnexp: {line}", file=sys.stderr)
     session = Session(config, device)
     if state is not None:
-        if run.state["state"] == "finished" and session.total_steps <= state["step"]:
+        longer = session.total_steps > state["step"] and _may_go_on(state, changes)
+        if _finished(run) and not longer:
             raise UserError(
-                f"{run.path} has finished its {state['step']} steps; give it more: "
-                "training.steps=N"
+                f"{run.path} has finished at step {state['step']}; give it more: training.steps=N"
             )
-        if state["stopped"] and changes:
-            state["stopped"] = None
         session.load_state_dict(state)
+        _allow_what_changed(session, changes)
+        for newer in step_checkpoints(run.checkpoints):
+            if newer.name > f"step-{session.step:09d}.pt":
+                newer.unlink()
     remove_torn(run.checkpoints)
     environment = run.environment
     environment.setdefault("resumes", []).append(

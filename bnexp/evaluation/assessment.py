@@ -42,6 +42,8 @@ def recompute_population(
     if batch_size is None:
         mini_batch = config.statistics.normalization_batch or config.training.batch_size
         batch_size = EXACT_CHUNK if method == "exact" else mini_batch
+    if method != "exact" and samples % batch_size == 1:
+        samples -= 1  # a last mini-batch of one image has no variance of its own
     batches = PopulationBatches(data.train, batch_size, samples, settings.augment)
     return recompute_statistics(
         model, batches, method=method, memory=settings.memory, progress=progress
@@ -163,7 +165,7 @@ def compare_assessment(
         if statistics is None or "/" in kind.removeprefix("recomputed/"):
             continue
         drift = [asdict(row) for row in layer_drift(reference, statistics, config.model.eps)]
-        if kind.startswith("recomputed"):
+        if kind == "recomputed" or kind.startswith("recomputed/"):
             costs = layer_costs(
                 model,
                 lambda: data.test.batches(batch_size, samples=LAYER_COST_SAMPLES),
@@ -175,6 +177,7 @@ def compare_assessment(
         layers[kind] = drift
     labels = config_labels(config.model_dump(mode="json"))
     labels[NO_BATCHNORM] = "a network without batch normalization"
+    labels |= {f"{name}/{NO_BATCHNORM}": f"{name.upper()} weights" for name in ("ema", "swa")}
     return compare(
         assessment.predictions, baseline, data.info.classes, labels=labels, layers=layers
     )

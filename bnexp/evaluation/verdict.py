@@ -148,6 +148,12 @@ def _difference_sentence(comparison: Comparison, base: KindResult, other: KindRe
             f"{_capital(base.label)} and {other.label} agree: {values}, {changed}, "
             f"no evidence of a difference ({p})."
         )
+    if low * high > 0:
+        return (
+            f"{_capital(base.label)} and {other.label}: {values}. Seen alone, the difference is "
+            f"{signed_interval(paired.difference_interval)} points, but that is no evidence of one "
+            f"by the exact test ({p})."
+        )
     return (
         f"No difference between {base.label} and {other.label} can be shown on {count(n)} samples "
         f"({values}, {p}), but it may be anything from "

@@ -13,13 +13,15 @@ import pickle
 import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 
-from bnexp.errors import RunFailed, UserError
+from bnexp.errors import UserError
 
 FORMAT = 1
+_UNREADABLE = (RuntimeError, EOFError, ValueError, KeyError, NotImplementedError, OSError)
 
 
 def save_checkpoint(folder: Path, state: dict, keep: int, best: bool) -> Path:
@@ -90,10 +92,7 @@ def load_checkpoint(path: Path) -> dict:
     holds anything but plain data; nothing in it is ever executed.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
+        _verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
@@ -101,7 +100,7 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(
             f"{path} holds more than plain data and was not loaded: it could run code"
         ) from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, *_UNREADABLE) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is damaged: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -109,10 +108,20 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
+def _verify(path: Path) -> None:
+    """BadZipFile unless every entry is as torch writes it and has the checksum it claims."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr:
+                raise zipfile.BadZipFile(f"the header of {entry.filename} is wrong")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+
+
 def newest_checkpoint(folder: Path) -> tuple[dict | None, list[str]]:
     """The newest whole checkpoint, and one line for each damaged one that was passed over.
 
-    None if the run died before its first checkpoint; RunFailed if there are only damaged ones.
+    None if the run died before its first checkpoint; UserError if there are only damaged ones.
     """
     paths = [path for path in [*step_checkpoints(folder), folder / "best.pt"] if path.exists()]
     damaged = []
@@ -122,5 +131,5 @@ def newest_checkpoint(folder: Path) -> tuple[dict | None, list[str]]:
         except UserError as error:
             damaged.append(error)
     if damaged:
-        raise RunFailed(f"no whole checkpoint to go on from: {damaged[0]}")
+        raise UserError(f"no whole checkpoint to go on from: {damaged[0]}")
     return None, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from rich.console import Console
@@ -69,8 +70,9 @@ class Display:
         else:
             self.line(f"step {step}/{self._total}  epoch {epoch}  lr {lr:.2g}  {text}")
 
-    def test_accuracy(self, accuracy: float) -> None:
-        self._test = f"  test {accuracy:.2%}"
+    def test_accuracy(self, accuracy: float, step: int) -> None:
+        self._test = f"  test {accuracy:.2%} (step {step})"
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        with contextlib.suppress(BrokenPipeError):  # whoever watched is gone; the run goes on
+            self.console.print(text, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import signal
 import time
@@ -123,7 +124,7 @@ class _Trainer:
             session.ema_accuracy,
             self.config.training.batch_size,
             session.steps_per_epoch,
-            self.config.training.check_every,
+            min(self.config.training.check_every, session.total_steps),
             session.device,
         )
         self.events = None
@@ -275,7 +276,7 @@ class _Trainer:
             by_loss = stopping and stopping.metric == "val_loss"
             metric = -on_val.mean_loss if by_loss else on_val.accuracy
         self.logs.evals.append(rows)
-        self.display.test_accuracy(found.predictions[baseline].accuracy)
+        self.display.test_accuracy(found.predictions[baseline].accuracy, session.step)
         if self.events:
             self.events.evaluation(rows, found, config.model.eps)
         return found, metric if math.isfinite(metric) else None
@@ -319,6 +320,7 @@ class _Trainer:
         save_checkpoint(
             self.run.checkpoints, session.state_dict(), self.config.checkpoints.keep, best
         )
+        self.run.write_state("running", session.step, session.total_steps)
 
     # --------------------------------------------------------------------------------- the end
 
@@ -330,10 +332,16 @@ class _Trainer:
         if self._is_best(metric):
             session.best_metric, session.best_step = metric, session.step
             self._save(best=True)
+        averaged = Assessment()
+        for name, average in session.averages.items():
+            if average.count:
+                averaged = merge(averaged, assess_average(session, name))
+            else:
+                self.display.line(f"no {name} weights were averaged: the run ended too early")
         stopping = config.training.early_stopping
-        weights = "last"
+        weights, step = "last", session.step
         if stopping and stopping.restore_best and session.best_step < session.step:
-            weights = "best"
+            weights, step = "best", session.best_step
             best = load_checkpoint(self.run.checkpoints / "best.pt")
             session.load_weights(best)
             with session.autocast():
@@ -345,12 +353,13 @@ class _Trainer:
                     kinds,
                     fold=config.performance.fold_batchnorm,
                 )
-        for name, average in session.averages.items():
-            if average.count and session.has_batchnorm:
-                found = merge(found, assess_average(session, name))
         with session.autocast():
-            comparison = compare_assessment(found, session.model, session.data, config)
-        write_comparison(self.run, comparison, session.step, weights)
+            comparison = compare_assessment(
+                merge(found, averaged), session.model, session.data, config
+            )
+        self.run.write_json(
+            "comparison.json", {"step": step, "weights": weights, **comparison.to_dict()}
+        )
         if self.events:
             self.events.close()
         return Outcome(comparison, weights, session.stopped)
@@ -362,19 +371,16 @@ def assess_average(session: Session, name: str) -> Assessment:
     data, config = session.data, session.config
     with session.autocast():
         kinds = kinds_to_assess(model, data, config, session.estimates(), ["recomputed"])
-        chosen = {kind: kinds[kind] for kind in ("recomputed", "running")}
+        if session.has_batchnorm:
+            kinds = {kind: kinds[kind] for kind in ("recomputed", "running")}
         return assess(
             model,
             data.test,
             config.test.batch_size,
-            chosen,
+            kinds,
             prefix=f"{name}/",
             fold=config.performance.fold_batchnorm,
         )
-
-
-def write_comparison(run: Run, comparison: Comparison, step: int, weights: str) -> None:
-    run.write_json("comparison.json", {"step": step, "weights": weights, **comparison.to_dict()})
 
 
 class _CheckpointClock:
@@ -408,7 +414,7 @@ def check_batch(session: Session) -> None:
     state = torch.get_rng_state()
     try:
         with torch.no_grad():
-            session.model.train()(x)
+            copy.deepcopy(session.model).train()(x)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -42,8 +42,9 @@ class EmaAccuracy:
 class StepLog:
     """Losses and accuracies of the steps, in a ring on the device; rows of steps.csv on the host.
 
-    `record` launches two copies on the device and waits for nothing. `flush` moves what has
-    gathered to the host in one transfer, writes the rows and updates the EMA accuracy.
+    `record` launches two copies on the device and waits for nothing; there is room for `capacity`
+    steps between flushes. `flush` moves what has gathered to the host, writes the rows and updates
+    the EMA accuracy.
     """
 
     def __init__(
@@ -65,8 +66,6 @@ class StepLog:
         self._losses[slot].copy_(loss)
         self._correct[slot].copy_(correct)
         self._pending.append((step, lr))
-        if len(self._pending) == len(self._losses):
-            self.flush()
 
     def flush(self) -> list[tuple]:
         """Write the gathered rows and return them. RunFailed if a loss is not finite."""

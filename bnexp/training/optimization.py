@@ -62,7 +62,7 @@ def _one_cycle(schedule, lr: float, step: int, total_steps: int) -> float:
     last = first / schedule.end
     peak = schedule.rise * total_steps - 1
     if step <= peak:
-        return _cosine_leg(first, lr, step / peak)
+        return _cosine_leg(first, lr, step / peak if peak else 1.0)
     return _cosine_leg(lr, last, (step - peak) / (total_steps - 1 - peak))
 
 

@@ -144,7 +144,9 @@ class Session:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state`. UserError if it belongs to another model."""
+        """Continue from `state`. UserError if it belongs to another model or lacks something."""
+        if missing := self.state_dict().keys() - state.keys():
+            raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         self.load_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -164,6 +166,8 @@ class Session:
 
     def load_weights(self, state: dict) -> None:
         """Take the weights and estimates alone, for evaluation."""
+        if missing := {"model", "tracker", "averages", "step"} - state.keys():
+            raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:

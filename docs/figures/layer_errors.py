@@ -5,7 +5,7 @@
 Trains a ResNet-20 on 2048 images of Fashion-MNIST and computes its statistics over those same
 images: in float64 with all of them as a single batch (the truth, made by torch alone), and by every
 method with mini-batches of several sizes. Writes layer-errors.png, batch-size-errors.png and
-layer-errors.json beside this file, and prints the tables of the page. About three minutes on one
+layer-errors.json beside this file, and prints the tables of the page. About four minutes on one
 core.
 """
 
@@ -97,15 +97,18 @@ def truth(model: nn.Module, images: Tensor) -> Statistics:
 
 def errors(found: Statistics, true: Statistics) -> dict[str, list[float]]:
     """By layer in order: RMS over channels of the relative error of the variance, and of the error
-    of the mean in standard deviations; and the worst channel's. As BN sees them: with eps."""
-    result: dict[str, list[float]] = {"var": [], "mean": [], "worst_var": [], "worst_mean": []}
+    of the mean in standard deviations; the worst channel's; and the mean of the former with its
+    sign. As BN sees them: with eps."""
+    keys = ("var", "mean", "worst_var", "worst_mean", "signed_var")
+    result: dict[str, list[float]] = {key: [] for key in keys}
     for name in true.names:
         scale = true.var[name] + EPS
-        var = (found.var[name].double() - true.var[name]).abs() / scale
+        var = (found.var[name].double() - true.var[name]) / scale
         mean = (found.mean[name].double() - true.mean[name]).abs() / scale.sqrt()
         for key, error in (("var", var), ("mean", mean)):
             result[key].append(float(error.square().mean().sqrt()))
-            result[f"worst_{key}"].append(float(error.max()))
+            result[f"worst_{key}"].append(float(error.abs().max()))
+        result["signed_var"].append(float(var.mean()))
     return result
 
 
@@ -181,6 +184,7 @@ def measure() -> dict:
     data = load_data(config, torch.device("cpu"), 0)
     model = train(data)
     images = torch.cat([x for x, _ in data.train.batches(BATCH)])
+    by_class = list(images[data.train.labels.argsort(stable=True)].split(BATCH))
     test = torch.cat([x for x, _ in data.test.batches(BATCH)])
     true = truth(model, images)
 
@@ -192,11 +196,14 @@ def measure() -> dict:
             found[f"batch-mean {size}"] = recompute_statistics(model, batches, "batch-mean")
             found[f"exact {size}"] = recompute_statistics(model, batches, "exact")
 
+    for method in ("pooled", "exact"):
+        found[f"{method} {BATCH} by class"] = recompute_statistics(model, by_class, method)
+
     reference = log_probabilities(model, test, true)
     labels = data.test.labels
     consequences = {}
     for kind in ["running", *(f"{m} {s}" for m in ("batch-mean", "pooled") for s in SHOWN),
-                 f"exact {BATCH}"]:
+                 f"pooled {BATCH} by class", f"exact {BATCH}", f"exact {BATCH} by class"]:
         log_p = log_probabilities(model, test, found[kind])
         predicted = log_p.argmax(1)
         consequences[kind] = {
@@ -227,7 +234,7 @@ def measure() -> dict:
 
 INK, MUTED, GRID = "#1c2126", "#626b75", "#e2e6ea"
 BLUES = {8: "#0f3d66", 32: "#1f6fb5", 128: "#7db4e3"}
-ORANGE, GREEN, PURPLE = "#c8501e", "#23836a", "#7d55b0"
+ORANGE, GREEN, PURPLE, PINK = "#c8501e", "#23836a", "#7d55b0", "#b03a6d"
 STYLE = {
     "font.size": 9.5,
     "text.color": INK,
@@ -274,11 +281,15 @@ def by_layer(found: dict) -> Figure:
             axes.plot(layers, values, **style)
             return values
 
+        last = curve(f"pooled {BATCH} by class", color=PINK, linewidth=1.4, marker="o",
+                     markersize=2.5)[-1]
+        axes.text(layers[-1] + 0.35, last, str(BATCH), color=PINK, va="center")
         for size, blue in BLUES.items():
             last = curve(f"pooled {size}", color=blue, marker="o", markersize=3)[-1]
             axes.text(layers[-1] + 0.35, last, str(size), color=blue, va="center")
             curve(f"batch-mean {size}", color=ORANGE, linewidth=1, linestyle=(0, (2, 2)))
             curve(f"exact {size}", color=GREEN, linewidth=1.4, marker="o", markersize=2.2)
+        curve(f"exact {BATCH} by class", color=GREEN, linewidth=1.4, marker="o", markersize=2.2)
         curve("running", color=PURPLE, linewidth=1.6, linestyle=(0, (5, 1.5)))
         for start, end in zip([0.5, *ends], [*ends, layers[-1] + 0.5], strict=True):
             side = round(found["values_per_image"][int(start)] ** 0.5)
@@ -287,12 +298,12 @@ def by_layer(found: dict) -> Figure:
                 axes.axvline(end, color=MUTED, linewidth=0.7, linestyle=":")
         axes.set_yscale("log")
         _decades(axes.yaxis)
-        axes.set_ylim(5e-9, 0.3)
+        axes.set_ylim(5e-9, 2.5)
         axes.set_xlim(0.4, layers[-1] + 1.6)
         axes.set_xticks([1, 4, 7, 10, 13, 16, 19])
         axes.set_xlabel("BN layer, from input to output")
         axes.set_title(title)
-        axes.text(12.5, 3.5e-7, "exact, any batch size", color=GREEN, ha="center", weight="bold")
+        axes.text(12.5, 3.5e-7, "exact, any batches", color=GREEN, ha="center", weight="bold")
     left, right = panels
     pointing = {"arrowstyle": "-", "linewidth": 0.8}
     left.annotate(
@@ -300,15 +311,19 @@ def by_layer(found: dict) -> Figure:
         weight="bold", arrowprops={**pointing, "color": BLUES[32]},
     )
     left.annotate(
-        "batch-mean: off in layer 1 too,\nfrom layer 2 on the same as pooled", (1.05, 1.2e-2),
-        (1.6, 5.5e-2), color=ORANGE, weight="bold", arrowprops={**pointing, "color": ORANGE},
+        "batch-mean: off in layer 1,\nthen the same as pooled", (1.05, 1.2e-2),
+        (1.6, 0.16), color=ORANGE, weight="bold", arrowprops={**pointing, "color": ORANGE},
     )
     left.annotate(
         "pooled is exact\nin layer 1 only", (1.05, 6e-8), (2.2, 1.2e-6), color=BLUES[32],
         arrowprops={**pointing, "color": BLUES[32]},
     )
+    left.annotate(
+        "pooled, 128 sorted by class", (17, 1.9e-1), (10.3, 1.1), color=PINK,
+        weight="bold", arrowprops={**pointing, "color": PINK},
+    )
     right.annotate(
-        "running averages, decay 0.9", (1.1, 4.3e-3), (1.6, 4e-2), color=PURPLE, weight="bold",
+        "running averages, decay 0.9", (1.1, 4.3e-3), (1.6, 6e-1), color=PURPLE, weight="bold",
         arrowprops={**pointing, "color": PURPLE},
     )
     return figure
@@ -322,7 +337,7 @@ def by_batch_size(found: dict) -> Figure:
     for layer, colour, place in ((last, BLUES[8], "bottom"), (last // 2, BLUES[32], "top")):
         values = [found["errors"][f"pooled {size}"]["var"][layer] for size in SIZES]
         left.plot(sizes, values, color=colour, marker="o", markersize=3.5)
-        factor = 1.35 if place == "bottom" else 1 / 2.6
+        factor = 1.35 if place == "bottom" else 1 / 4.5
         left.text(sizes[0], values[0] * factor, f"pooled, layer {layer + 1}", color=colour,
                   va=place, weight="bold")
     exact = [max(found["errors"][f"exact {size}"]["var"]) for size in SHOWN]
@@ -332,7 +347,7 @@ def by_batch_size(found: dict) -> Figure:
     middle = [found["errors"][f"pooled {size}"]["var"][last // 2] for size in SIZES]
     guide = np.array([16, 512])
     left.plot(guide, middle[1] / 6 * 8 / guide, color=MUTED, linewidth=1, linestyle=":")
-    left.text(36, middle[1] / 6 * 8 / 36 / 1.2, "∝ 1 / batch size", color=MUTED, ha="right",
+    left.text(90, middle[1] / 6 * 8 / 90 / 1.3, "∝ 1 / batch size", color=MUTED, ha="right",
               va="top")
     left.set(xscale="log", yscale="log", xlim=(3.2, 640), ylim=(2e-8, 0.4),
              xlabel="mini-batch size", title="variance: relative error")
@@ -361,34 +376,57 @@ def main() -> None:
     found = measure()
     (HERE / "layer-errors.json").write_text(json.dumps(_rounded(found), indent=1) + "\n")
     draw(found)
-    print(tables(found))
+    print(*tables(found), *(found["costs"][key] for key in ("estimate", "bounded_estimate")),
+          sep="\n\n")
 
 
-def tables(found: dict) -> str:
-    """The tables of the page, in Markdown."""
+def tables(found: dict) -> list[str]:
+    """The tables of the page, in Markdown: errors, consequences, costs."""
     last = len(found["layers"])
     shown = (1, 2, last // 2 + 1, last)
-    lines = [
-        "| relative error of the variance | " + " | ".join(f"layer {n}" for n in shown)
-        + " | worst channel of all |",
-        "| --- " * (len(shown) + 2) + "|",
-    ]
-    kinds = ["running", *(f"{m} {s}" for m in ("batch-mean", "pooled", "exact") for s in SHOWN)]
+    columns = ["relative error of the variance", *(f"layer {n}" for n in shown),
+               "worst channel of all"]
+    kinds = ["running", *(f"{m} {s}" for m in ("batch-mean", "pooled", "exact") for s in SHOWN),
+             *(f"{m} {BATCH} by class" for m in ("pooled", "exact"))]
+    rows = []
     for kind in kinds:
         error = found["errors"][kind]
-        cells = [error["var"][n - 1] for n in shown] + [max(error["worst_var"])]
-        lines.append(f"| {kind} | " + " | ".join(f"{cell:.1e}" for cell in cells) + " |")
-    lines += ["", "| statistics | test accuracy | predictions changed | divergence, nats |",
-              "| --- | --- | --- | --- |"]
-    for kind, row in found["consequences"].items():
-        lines.append(f"| {kind} | {100 * row['accuracy']:.2f} % | {row['changed']} of "
-                     f"{TEST_IMAGES} | {row['divergence']:.1e} |")
+        values = [*(error["var"][n - 1] for n in shown), max(error["worst_var"])]
+        rows.append([_name(kind), *map(_power, values)])
+    consequences = [
+        [_name(kind), f"{100 * row['accuracy']:.2f} %", f"{row['changed']} of {TEST_IMAGES}",
+         _power(row["divergence"])]
+        for kind, row in found["consequences"].items()
+    ]
     seconds = found["costs"]["seconds"]
-    lines += ["", "| what | processor seconds | of an inference pass |", "| --- | --- | --- |"]
-    for name, taken in seconds.items():
-        lines.append(f"| {name} | {taken:.1f} | {taken / seconds['inference']:.2f} |")
-    lines += ["", found["costs"]["estimate"], found["costs"]["bounded_estimate"]]
-    return "\n".join(lines)
+    names = ("inference, for comparison", "`pooled`", "`exact`", '`exact`, `memory="64MiB"`')
+    costs = [
+        [name, f"{taken:.1f}", f"{taken / seconds['inference']:.2f}"]
+        for name, taken in zip(names, seconds.values(), strict=True)
+    ]
+    return [
+        _table(columns, rows),
+        _table(["statistics", "test accuracy", "predictions changed", "divergence, nats"],
+               consequences),
+        _table(["what", "processor seconds", "of an inference pass"], costs),
+    ]
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _name(kind: str) -> str:
+    if kind == "running":
+        return "running averages, decay 0.9"
+    method, size, *order = kind.split(" ")
+    return f"`{method}`, batches of {size}" + (", sorted by class" if order else "")
+
+
+def _power(value: float) -> str:
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits}·10{str(int(power)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
 def draw(found: dict) -> None:

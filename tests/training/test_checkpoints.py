@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from bnexp.errors import RunFailed, UserError
+from bnexp.errors import UserError
 from bnexp.training.checkpoints import (
     load_checkpoint,
     newest_checkpoint,
@@ -52,6 +52,22 @@ def test_any_flipped_bit_in_the_data_is_noticed(tmp_path):
             load_checkpoint(path)
 
 
+def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
+    """Headers too: what is loaded is either what was saved, or refused in one line."""
+    path = save_checkpoint(tmp_path, {**state_of(1), "weights": torch.arange(4.0)}, 2, False)
+    whole = path.read_bytes()
+    for position in range(0, len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        try:
+            state = load_checkpoint(path)
+        except UserError:
+            continue
+        assert torch.equal(state["weights"], torch.arange(4.0)), position
+        assert state["step"] == 1 and state["name"] == "digits"
+
+
 def test_any_truncation_is_noticed_and_the_one_before_is_used(tmp_path):
     save_checkpoint(tmp_path, state_of(1), keep=2, best=False)
     newest = save_checkpoint(tmp_path, state_of(2), keep=2, best=False)
@@ -66,7 +82,7 @@ def test_any_truncation_is_noticed_and_the_one_before_is_used(tmp_path):
 def test_without_any_whole_checkpoint_the_reason_is_said(tmp_path):
     assert newest_checkpoint(tmp_path) == (None, [])
     save_checkpoint(tmp_path, state_of(1), keep=2, best=False).write_bytes(b"PK")
-    with pytest.raises(RunFailed, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no whole checkpoint"):
         newest_checkpoint(tmp_path)
 
 

@@ -28,7 +28,7 @@ def test_decay_zero_is_the_batch_accuracy():
     assert [ema.update(a) for a in (0.25, 0.75)] == [0.25, 0.75]
 
 
-def make_log(path, capacity=4):
+def make_log(path, capacity=5):
     return StepLog(
         CsvLog(path, STEP_COLUMNS), EmaAccuracy(0.5), batch_size=8, steps_per_epoch=3,
         capacity=capacity, device=torch.device("cpu"),

@@ -1,0 +1,67 @@
+"""The code in the pages of docs/ does what it is said to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "statistics.md"
+
+
+def test_code_blocks_of_the_statistics_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
+    assert len(blocks) >= 5
+    names: dict = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{PAGE.name}, block {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    promised = re.search(r"^# (6 batches, .*)$", PAGE.read_text(), flags=re.M)[1]
+    assert promised in printed
+    assert "Statistics(2 layers, 24 channels)" in printed
+
+    # The tables on cancellation and on batches that differ.
+    offset, apart = names["offset"], names["apart"]
+    assert offset["exact"] == pytest.approx(offset["truth"], rel=1e-6)
+    assert offset["truth"] == pytest.approx(0.0098657, abs=1e-6)
+    assert apart["pooled"] == pytest.approx(apart["truth"], rel=1e-6)
+    assert apart["update_bn"] == pytest.approx(0.98, abs=0.01)
+    if "fvcore" in offset:
+        assert abs(offset["fvcore"] - offset["truth"]) > 0.5 * offset["truth"]
+
+
+def test_links_of_the_statistics_page_lead_somewhere():
+    text = PAGE.read_text()
+    anchors = {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, flags=re.M)
+    }
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("https://"):
+            assert (PAGE.parent / target).exists(), target
+
+
+def test_tables_of_the_statistics_page_are_the_measured_ones(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "figures")
+    import layer_errors
+
+    found = json.loads((DOCS / "figures" / "layer-errors.json").read_text())
+    for table in layer_errors.tables(found):
+        assert table in PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", ["layer-errors.png", "batch-size-errors.png"])
+def test_figures_of_the_statistics_page_are_pictures_of_reasonable_size(name):
+    data = (DOCS / "figures" / name).read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) < 150_000
+    width, _ = struct.unpack(">II", data[16:24])
+    assert width >= 1000
