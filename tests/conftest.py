@@ -37,6 +37,10 @@ def child(job):
     os.environ.update(job["env"])
     if job["file_size_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size_limit"],) * 2)
+    if job["memory_limit"]:
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + job["memory_limit"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit,) * 2)
     for number, path in ((1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -108,7 +112,11 @@ class Commands:
         self.cwd = cwd
         self._logs = logs
 
-    def start(self, *arguments: object, file_size_limit: int = 0, **env: str) -> Command:
+    def start(
+        self, *arguments: object, file_size_limit: int = 0, memory_limit: int = 0, **env: str
+    ) -> Command:
+        """`file_size_limit`: bytes a file may have; `memory_limit`: bytes the command may take
+        besides what the imports have taken (Linux). 0 is no limit."""
         folder = self._logs / str(time.monotonic_ns())
         folder.mkdir()
         job = {
@@ -116,6 +124,7 @@ class Commands:
             "cwd": str(self.cwd),
             "env": {"COLUMNS": "160", **env},
             "file_size_limit": file_size_limit,
+            "memory_limit": memory_limit,
             "stdout": str(folder / "stdout"),
             "stderr": str(folder / "stderr"),
         }

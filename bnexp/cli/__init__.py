@@ -70,6 +70,12 @@ def main() -> None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{_DISK_ERRORS[error.errno]}{where}", 1)
+    except (MemoryError, RuntimeError) as error:
+        from bnexp.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
 
 
 def _fail(message: str, exit_code: int) -> None:

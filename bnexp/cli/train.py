@@ -109,7 +109,7 @@ def _train(config: Config, run: Run | None, changes: dict) -> None:
 
 def _run_to_the_end(run: Run, session: Session) -> None:
     from bnexp.cli.tables import print_comparison
-    from bnexp.device import describe_device, is_out_of_memory
+    from bnexp.device import describe_device
     from bnexp.training.display import Display
     from bnexp.training.loop import train as train_session
 
@@ -138,8 +138,7 @@ def _run_to_the_end(run: Run, session: Session) -> None:
         _write_state(run, session, "failed", str(error))
         raise
     except Exception as error:
-        if is_out_of_memory(error):
-            error = RunFailed(_out_of_memory(session))
+        error = _explained(error, run, session)
         _write_state(run, session, "failed", str(error) or type(error).__name__)
         raise error from None
     _write_state(run, session, "finished", outcome.message, outcome.weights)
@@ -182,6 +181,23 @@ def _check_expectations(config: Config, comparison) -> None:
         )
 
 
+def _explained(error: Exception, run: Run, session: Session) -> Exception:
+    """The one line for an error that has an answer, or the error itself."""
+    from bnexp.device import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return RunFailed(_out_of_memory(session))
+    if isinstance(error, OSError) and not run.checkpoints.is_dir():
+        return RunFailed(f"{run.checkpoints}/ was removed while the run was being trained")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return RunFailed(
+            f"torch.compile can't compile {session.config.model.name} here ({reason}); set "
+            "performance.compile=false"
+        )
+    return error
+
+
 def _out_of_memory(session) -> str:
     from bnexp.device import estimate_step_bytes
 
@@ -189,7 +205,8 @@ def _out_of_memory(session) -> str:
     estimate = ""
     try:
         needed = estimate_step_bytes(session.model, info.channels, info.image_size, size)
-        estimate = f" (about {needed / 2**30:.1f} GiB a step)"
+        size_of_step = f"{needed / 2**30:.1f} GiB" if needed >= 2**30 else f"{needed >> 20} MiB"
+        estimate = f" (about {size_of_step} a step)"
     except Exception:  # the estimate is a courtesy: a model that meta tensors can't run has none
         pass
     return (
@@ -280,6 +297,7 @@ def _resume(run: Run, config: Config, device, changes: dict):
     from bnexp.training.checkpoints import newest_checkpoint, remove_torn, step_checkpoints
     from bnexp.training.session import Session
 
+    run.checkpoints.mkdir(exist_ok=True)
     state, passed_over = newest_checkpoint(run.checkpoints)
     for line in passed_over:
         print(f"bnexp: {line}", file=sys.stderr)

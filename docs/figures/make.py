@@ -1,4 +1,4 @@
-"""The figures and numbers of docs/moving-averages.md: `make figures`.
+"""The figures and numbers of docs/moving-averages.md and docs/statistics.md: `make figures`.
 
 Trains the runs of configs/ into runs/ beside this file (those that are there already are kept;
 delete the folder to start afresh), measures, draws, and writes numbers.json. MNIST and
@@ -143,6 +143,7 @@ def main() -> None:
         "variances": variances,
     }
     (HERE / "numbers.json").write_text(json.dumps(_rounded(numbers), indent=1) + "\n")
+    subprocess.run([sys.executable, HERE / "layer_errors.py"], cwd=ROOT, check=True)
     print(f"figures made in {time.perf_counter() - started:.0f} s")
 
 
