@@ -156,7 +156,8 @@ class Run:
         try:  # a list of its rows would take twenty times the memory
             table = np.loadtxt(io.BytesIO(rows), delimiter=",", comments=None, ndmin=2)
         except ValueError as error:
-            raise UserError(f"{self.path}/steps.csv is damaged: {error}") from None
+            reason = str(error).partition(";")[0]
+            raise UserError(f"{self.path}/steps.csv is damaged: {reason}") from None
         if table.shape[1] != len(STEP_COLUMNS):
             raise UserError(f"{self.path}/steps.csv is damaged: {table.shape[1]} columns")
         return {name: table[:, i] for i, name in enumerate(STEP_COLUMNS)}
