@@ -93,6 +93,9 @@ class Command:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def stderr_so_far(self) -> str:
+        return self._read("stderr")
+
     def _read(self, stream: str) -> str:
         path = self._folder / stream
         return path.read_text() if path.exists() else ""  # killed before it began

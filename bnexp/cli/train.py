@@ -308,6 +308,11 @@ def _resume(run: Run, config: Config, device, changes: dict):
             raise UserError(
                 f"{run.path} has finished at step {state['step']}; give it more: training.steps=N"
             )
+        if session.total_steps < state["step"]:
+            raise UserError(
+                f"{run.path} has done {state['step']} steps already, so its length can't become "
+                f"{session.total_steps}"
+            )
         session.load_state_dict(state)
         _allow_what_changed(session, changes)
         for newer in step_checkpoints(run.checkpoints):

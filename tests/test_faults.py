@@ -1,0 +1,272 @@
+"""What goes wrong outside of bnexp: memory, disks, folders, files, compilers and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import needs_fashion_mnist
+
+from bnexp.runs import Run
+from bnexp.training.checkpoints import newest_checkpoint
+
+CONFIG = """
+name: victim
+data: {name: digits, val_fraction: 0.1}
+model: {name: mlp}
+statistics: {recompute: {samples: 300}}
+training:
+  steps: 60
+  batch_size: 32
+  optimizer: {lr: 0.1}
+  schedule: {name: constant}
+  averages: {ema: {decay: 0.95}}
+  check_every: 10
+test: {every: 7, statistics: [running, recomputed]}
+checkpoints: {every_steps: 20, every_seconds: null}
+"""
+ENDLESS = ("training.steps=1000000", "test.every=null")
+MIB = 2**20
+
+
+@pytest.fixture
+def config(bnexp):
+    (bnexp.cwd / "victim.yaml").write_text(CONFIG)
+    return "victim.yaml"
+
+
+def trained(bnexp, *arguments):
+    done = bnexp("train", *arguments)
+    assert done.code == 0, done.stderr
+    return Run(bnexp.cwd / done.stdout.strip().splitlines()[-1].removeprefix("run: "))
+
+
+def only_line(done, code):
+    """The one line that says what went wrong."""
+    assert done.code == code, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("bnexp: ")]
+    assert done.stderr.strip().endswith(line)
+    return line
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.002)
+    return found
+
+
+def with_a_checkpoint(bnexp, *arguments):
+    """An endless training that has just written a checkpoint, and its run."""
+    command = bnexp.start("train", *arguments, *ENDLESS)
+    run = Run(bnexp.cwd / "runs" / "victim-1")
+    wait_for(lambda: list(run.checkpoints.glob("step-*.pt")))
+    return command, run
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+def test_out_of_memory_is_a_line_with_the_batch_size_and_an_estimate(bnexp, config):
+    done = bnexp(
+        "train", config, "model.name=resnet20", "training.batch_size=1000", *ENDLESS,
+        memory_limit=80 * MIB,
+    )
+    line = only_line(done, 1)
+    assert "out of memory with training.batch_size 1000" in line and "take a smaller one" in line
+    needed = int(re.search(r"about (\d+) MiB a step", line)[1])
+    assert 80 < needed < 400
+    run = Run(bnexp.cwd / "runs" / "victim-1")
+    assert run.state["state"] == "failed" and "out of memory" in run.state["message"]
+
+
+def test_out_of_memory_in_an_evaluation_is_a_line(bnexp, config):
+    run = trained(bnexp, config, "model.name=small-cnn", "training.steps=5")
+    done = bnexp("eval", run.path, "--recompute-stats", memory_limit=4 * MIB)
+    assert "out of memory" in only_line(done, 1)
+
+
+# --------------------------------------------------------------------------------------- disks
+
+
+@pytest.fixture
+def read_only():
+    """Makes folders read-only, for root too, where that is allowed."""
+    mounted = []
+
+    def make(folder):
+        for options in (["--bind", str(folder)], ["-o", "remount,ro,bind"]):
+            done = subprocess.run(["mount", *options, str(folder)], capture_output=True)
+            if done.returncode:
+                pytest.skip("mounting is not allowed here")
+            mounted.append(folder)
+
+    yield make
+    for folder in set(mounted):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_folder_that_becomes_read_only(bnexp, config, read_only):
+    command, run = with_a_checkpoint(bnexp, config)
+    read_only(run.path)
+    line = only_line(command.wait(), 1)
+    assert "the file system is read-only" in line and "checkpoints" in line
+    state, passed_over = newest_checkpoint(run.checkpoints)
+    assert state["step"] > 0 and not passed_over
+    assert "the file system is read-only" in only_line(bnexp("train", "--resume", run.path), 1)
+    assert bnexp("eval", run.path).code == 0
+
+
+def test_a_run_folder_that_is_removed_while_the_run_goes_on(bnexp, config):
+    command, run = with_a_checkpoint(bnexp, config)
+    shutil.rmtree(run.path, ignore_errors=True)
+    shutil.rmtree(run.path, ignore_errors=True)  # a checkpoint may have come in between
+    assert "was removed while the run was being trained" in only_line(command.wait(), 1)
+    assert not run.path.exists()
+
+
+def test_without_its_checkpoints_a_run_is_resumed_from_the_beginning(bnexp, config):
+    run = trained(bnexp, config)
+    before = (run.path / "steps.csv").read_bytes()
+    shutil.rmtree(run.checkpoints)
+    done = bnexp("train", "--resume", run.path)
+    assert done.code == 0, done.stderr
+    assert (run.path / "steps.csv").read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def test_damaged_files_of_a_run(bnexp, config):
+    """Those that can be written anew are; those that decide what is trained stop the command."""
+    run = trained(bnexp, config)
+    whole = content(run.path)
+    for damaged in ("state.json", "comparison.json", "steps.csv", "evals.csv"):
+        (run.path / damaged).write_bytes(whole[damaged] + b"{,\xff\n")
+        done = bnexp("train", "--resume", run.path, "training.steps=70")
+        assert done.code == 0, (damaged, done.stderr)
+        assert run.steps()["step"].tolist() == list(range(1, 71))
+        assert run.evals()[-1]["step"] == 70
+        assert run.state["state"] == "finished" and run.comparison()["step"] == 70
+        shutil.rmtree(run.path)
+        run = trained(bnexp, config)
+    for damaged in ("config.yaml", "environment.json"):
+        (run.path / damaged).write_bytes(b"{,\xff\n")
+        line = only_line(bnexp("train", "--resume", run.path, "training.steps=70"), 2)
+        assert damaged in line
+        (run.path / damaged).write_bytes(whole[damaged])
+
+
+def test_a_run_can_not_become_shorter_than_it_is(bnexp, config):
+    command, run = with_a_checkpoint(bnexp, config)
+    command.signal(signal.SIGINT)
+    assert command.wait().code == 130
+    done = bnexp("train", "--resume", run.path, "training.steps=5")
+    line = only_line(done, 2)
+    assert f"has done {run.state['step']} steps already" in line and "can't become 5" in line
+
+
+# ------------------------------------------------------------------------------ kills and signals
+
+
+@pytest.mark.parametrize("ending", ["evaluation", "restored best"])
+def test_kill_9_in_the_final_evaluation_changes_nothing(bnexp, config, ending):
+    extra = ["model.name=small-cnn"]
+    if ending == "restored best":
+        extra += ["training.steps=2000",
+                  "training.early_stopping={metric: val_accuracy, patience: 3}"]
+    reference = trained(bnexp, config, *extra, "--name", "reference")
+    if ending == "restored best":
+        assert reference.state["weights"] == "best"
+    last = f"step-{reference.state['step']:09d}.pt"
+    kills = 0
+    for attempt in range(5):
+        name = f"killed{attempt}"
+        command = bnexp.start("train", config, *extra, "--name", name)
+        run = Run(bnexp.cwd / "runs" / f"{name}-1")
+        wait_for((run.checkpoints / last).exists)
+        time.sleep(0.04 * attempt)
+        command.signal(signal.SIGKILL)
+        if command.wait().code == 0 or run.state["state"] == "finished":
+            continue
+        kills += 1
+        done = bnexp("train", "--resume", run.path)
+        assert done.code == 0, done.stderr
+        assert run.comparison() == reference.comparison()
+        assert run.steps()["step"].tolist() == reference.steps()["step"].tolist()
+        rows, expected = (
+            [{**row, "seconds": 0} for row in each.evals()] for each in (run, reference)
+        )
+        assert rows == expected
+    assert kills
+
+
+def test_of_two_resumes_at_once_one_is_refused(bnexp, bnexp_beside, config):
+    command, run = with_a_checkpoint(bnexp, config)
+    command.signal(signal.SIGKILL)
+    command.wait()
+    commands = [each.start("train", "--resume", run.path) for each in (bnexp, bnexp_beside)]
+
+    def ended():
+        return [c for c in commands if c.stderr_so_far().startswith("bnexp: ")]
+
+    (refused,) = wait_for(ended)
+    (going_on,) = [c for c in commands if c is not refused]
+    assert "still being trained by another process" in only_line(refused.wait(), 2)
+    going_on.signal(signal.SIGINT)
+    assert "checkpoint is written" in only_line(going_on.wait(), 130)
+
+
+@needs_fashion_mnist
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_while_data_are_read_leaves_nothing_behind(bnexp, config, number, code):
+    command = bnexp.start("train", config, "data.name=fashion-mnist", *ENDLESS)
+
+    def reading():
+        opened = f"/proc/{command.pid}/fd"
+        with contextlib.suppress(FileNotFoundError):  # closed in between
+            return any("train-images" in os.readlink(f"{opened}/{n}") for n in os.listdir(opened))
+
+    wait_for(reading)
+    command.signal(number)
+    assert command.wait().code == code
+    assert not (bnexp.cwd / "runs").exists() or not list((bnexp.cwd / "runs").iterdir())
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_during_eval_leaves_the_run_as_it_was(bnexp, config, number, code):
+    run = trained(bnexp, config, "model.name=resnet20", "training.steps=5")
+    before = content(run.path)
+    command = bnexp.start("eval", run.path, "--recompute-stats", "--samples", "1167")
+    wait_for(command.stderr_so_far)
+    command.signal(number)
+    assert command.wait().code == code
+    assert content(run.path) == before
+
+
+# ------------------------------------------------------------------------------------- compiler
+
+
+def test_without_a_compiler_compile_is_refused_in_a_line(bnexp, config, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("nothing compiled")
+    done = bnexp(
+        "train", config, "performance.compile=true", PATH="/nonexistent", CXX="",
+        TORCHINDUCTOR_CACHE_DIR=str(cache),
+    )
+    line = only_line(done, 1)
+    assert "torch.compile can't compile mlp" in line and "performance.compile=false" in line
+    state = json.loads((bnexp.cwd / "runs" / "victim-1" / "state.json").read_text())
+    assert state["state"] == "failed"
