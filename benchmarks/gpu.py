@@ -44,7 +44,7 @@ from torchvision import transforms
 
 from bnexp.nn import restore_batchnorm
 from bnexp.nn.models import build_model
-from bnexp.performance import keep_freed_memory
+from bnexp.performance import allow_tf32, keep_freed_memory
 
 IMAGES = 50_000
 EVERY = 100  # bnexp flushes its log after so many steps: turns of it are multiples of that
@@ -282,7 +282,7 @@ def main() -> None:
     device = arguments.device
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device is usable here; try --device cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    allow_tf32(True)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(
         f"{what}, {os.cpu_count()} cores, torch {torch.__version__}, "

@@ -10,6 +10,7 @@ import torch
 
 from bnexp.config import resolve
 from bnexp.data import catalogue, files
+from bnexp.performance import allow_tf32
 from bnexp.runs import Run, create_run
 from bnexp.training.loop import _Logs, _Trainer
 from bnexp.training.session import Session
@@ -56,9 +57,7 @@ def make_session(
         "performance": performance,
     }
     session = Session(resolve(tree, [], "benchmark"), device)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = session.config.performance.tf32
-        torch.backends.cudnn.allow_tf32 = session.config.performance.tf32
+    allow_tf32(session.config.performance.tf32)
     session.model.train()
     return session
 

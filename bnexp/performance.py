@@ -1,4 +1,4 @@
-"""Settings of the process that make training faster and change no result."""
+"""Settings of the whole process that make training faster."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_ARENA_MAX, 1)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA may multiply and convolve float32 with TensorFloat-32. No effect elsewhere."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed

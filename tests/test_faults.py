@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import needs_fashion_mnist
@@ -270,3 +271,19 @@ def test_without_a_compiler_compile_is_refused_in_a_line(bnexp, config, tmp_path
     assert "torch.compile can't compile mlp" in line and "performance.compile=false" in line
     state = json.loads((bnexp.cwd / "runs" / "victim-1" / "state.json").read_text())
     assert state["state"] == "failed"
+
+
+# ---------------------------------------------------------------------------------------- docs
+
+
+def test_every_test_that_the_page_on_reliability_names_exists():
+    here = Path(__file__).parent
+    page = (here.parent / "docs" / "reliability.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 20
+    for row in rows:
+        assert "::test_" in row, row
+    file = None
+    for path, name in re.findall(r"`(?:tests/)?([\w/]*\.py)?::(test_\w+)`", page):
+        file = path or file
+        assert f"def {name}(" in (here / file).read_text(), (file, name)

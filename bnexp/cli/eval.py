@@ -54,8 +54,10 @@ def evaluate(
         keep_freed_memory()
 
     from bnexp.device import describe_device, resolve_device
+    from bnexp.performance import allow_tf32
     from bnexp.training.session import Session
 
+    allow_tf32(config.performance.tf32)
     resolved = resolve_device(device or config.device)
     session = Session(config, resolved)
     weights = weights or found.state.get("weights", "last")

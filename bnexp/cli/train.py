@@ -84,11 +84,12 @@ def _train(config: Config, run: Run | None, changes: dict) -> None:
     from filelock import Timeout
 
     from bnexp.device import describe_device, resolve_device
+    from bnexp.performance import allow_tf32
     from bnexp.training.loop import check_batch
     from bnexp.training.session import Session
 
     device = resolve_device(config.device)
-    _set_backends(config, device)
+    allow_tf32(config.performance.tf32)
     if run is None:
         session = Session(config, device)
         check_batch(session)
@@ -148,14 +149,6 @@ def _run_to_the_end(run: Run, session: Session) -> None:
     print_comparison(outcome.comparison)
     print(f"run: {run.path}")
     _check_expectations(config, outcome.comparison)
-
-
-def _set_backends(config: Config, device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.performance.tf32
-        torch.backends.cudnn.allow_tf32 = config.performance.tf32
 
 
 def _write_state(run: Run, session, state: str, message: str | None = None, weights="last") -> None:
