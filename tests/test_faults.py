@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import needs_fashion_mnist
+from conftest import needs_fashion_mnist, trained, wait_for
 
 from bnexp.runs import Run
 from bnexp.training.checkpoints import newest_checkpoint
@@ -43,12 +43,6 @@ def config(bnexp):
     return "victim.yaml"
 
 
-def trained(bnexp, *arguments):
-    done = bnexp("train", *arguments)
-    assert done.code == 0, done.stderr
-    return Run(bnexp.cwd / done.stdout.strip().splitlines()[-1].removeprefix("run: "))
-
-
 def only_line(done, code):
     """The one line that says what went wrong."""
     assert done.code == code, done.stderr
@@ -56,14 +50,6 @@ def only_line(done, code):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("bnexp: ")]
     assert done.stderr.strip().endswith(line)
     return line
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.002)
-    return found
 
 
 def with_a_checkpoint(bnexp, *arguments):
@@ -219,6 +205,7 @@ def test_of_two_resumes_at_once_one_is_refused(bnexp, bnexp_beside, config):
     command, run = with_a_checkpoint(bnexp, config)
     command.signal(signal.SIGKILL)
     command.wait()
+    written = set(run.checkpoints.glob("step-*.pt"))
     commands = [each.start("train", "--resume", run.path) for each in (bnexp, bnexp_beside)]
 
     def ended():
@@ -227,6 +214,7 @@ def test_of_two_resumes_at_once_one_is_refused(bnexp, bnexp_beside, config):
     (refused,) = wait_for(ended)
     (going_on,) = [c for c in commands if c is not refused]
     assert "still being trained by another process" in only_line(refused.wait(), 2)
+    wait_for(lambda: set(run.checkpoints.glob("step-*.pt")) - written)
     going_on.signal(signal.SIGINT)
     assert "checkpoint is written" in only_line(going_on.wait(), 130)
 
@@ -243,7 +231,9 @@ def test_a_signal_while_data_are_read_leaves_nothing_behind(bnexp, config, numbe
 
     wait_for(reading)
     command.signal(number)
-    assert command.wait().code == code
+    done = command.wait()
+    assert done.code == code
+    assert number != signal.SIGINT or only_line(done, 130) == "bnexp: interrupted"
     assert not (bnexp.cwd / "runs").exists() or not list((bnexp.cwd / "runs").iterdir())
 
 
@@ -254,7 +244,9 @@ def test_a_signal_during_eval_leaves_the_run_as_it_was(bnexp, config, number, co
     command = bnexp.start("eval", run.path, "--recompute-stats", "--samples", "1167")
     wait_for(command.stderr_so_far)
     command.signal(number)
-    assert command.wait().code == code
+    done = command.wait()
+    assert done.code == code
+    assert number != signal.SIGINT or only_line(done, 130) == "bnexp: interrupted"
     assert content(run.path) == before
 
 

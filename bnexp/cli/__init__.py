@@ -60,8 +60,10 @@ def main() -> None:
         app(prog_name="bnexp")
     except (UserError, RunFailed, ExpectationNotMet, Interrupted) as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of a KeyboardInterrupt, without a word
+            _fail("interrupted", 130)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
