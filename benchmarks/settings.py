@@ -75,7 +75,6 @@ def work(job: dict) -> None:
     session = make_session(
         job["model"], device, BATCH_SIZE, job["performance"], train=4096, test=job["test"]
     )
-    fold = session.config.performance.fold_batchnorm
     with tempfile.TemporaryDirectory() as name:
         loop = Loop(session, Path(name))
         for line in sys.stdin:
@@ -86,7 +85,7 @@ def work(job: dict) -> None:
                 started = clock()
                 for _ in range(int(count)):
                     running = {"running": session.estimates()["running"]}
-                    assess(session.model, session.data.test, 250, running, fold=fold)
+                    assess(session.model, session.data.test, session.config, running)
                 wait_for(device)
                 seconds = clock() - started
             print(seconds, flush=True)

@@ -27,6 +27,7 @@ from bnexp.errors import UserError
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -160,7 +161,7 @@ class StatisticsConfig(Section):
     def _names(cls, estimators: dict) -> dict:
         for name in estimators:
             taken = name in ("running", "recomputed", "batch", "none")
-            if taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            if taken or not PLAIN_NAME.fullmatch(name):
                 raise ValueError(
                     f"{name!r} can't name an estimator: running, recomputed, batch and none are "
                     "taken; use letters, digits, '.', '_' and '-'"
@@ -390,7 +391,7 @@ class Config(Section):
     @field_validator("name")
     @classmethod
     def _folder_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if not PLAIN_NAME.fullmatch(name):
             raise ValueError(
                 f"{name!r} can't name a folder: use letters, digits, '.', '_' and '-', the first "
                 "a letter or digit"

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from bnexp.runs import Run
+
 ROOT = Path(__file__).parent.parent
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 
@@ -137,6 +139,26 @@ class Commands:
 
     def __call__(self, *arguments: object, **options) -> Finished:
         return self.start(*arguments, **options).wait()
+
+
+def run_of(bnexp: Commands, done: Finished) -> Run:
+    """The run that a finished `bnexp train` names in its last line."""
+    return Run(bnexp.cwd / done.stdout.strip().splitlines()[-1].removeprefix("run: "))
+
+
+def trained(bnexp: Commands, *arguments: object) -> Run:
+    done = bnexp("train", *arguments)
+    assert done.code == 0, done.stderr
+    return run_of(bnexp, done)
+
+
+def wait_for(condition, seconds: float = 60):
+    """The first true value of `condition()`."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.002)
+    return found
 
 
 def _start_server() -> subprocess.Popen:

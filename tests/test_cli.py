@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, needs_fashion_mnist
+from conftest import ROOT, needs_fashion_mnist, run_of
 
 from bnexp.runs import Run
 
@@ -35,7 +35,7 @@ def quick(bnexp):
 def trained(bnexp, *arguments):
     done = bnexp("train", *arguments)
     assert done.code == 0, done.stderr
-    return done, Run(bnexp.cwd / done.stdout.strip().splitlines()[-1].removeprefix("run: "))
+    return done, run_of(bnexp, done)
 
 
 def training_numbers(run):

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from conftest import run_of, trained, wait_for
 
 from bnexp.runs import Run
 from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint
@@ -42,24 +43,6 @@ checkpoints: {every_steps: 4, every_seconds: 0.5, keep: 2}
 def config(bnexp):
     (bnexp.cwd / "survivor.yaml").write_text(CONFIG)
     return "survivor.yaml"
-
-
-def folder_of(done_or_command):
-    return done_or_command.stdout.strip().splitlines()[-1].removeprefix("run: ")
-
-
-def trained(bnexp, *arguments):
-    done = bnexp("train", *arguments)
-    assert done.code == 0, done.stderr
-    return Run(bnexp.cwd / folder_of(done))
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.002)
-    return found
 
 
 def rows_without_seconds(run):
@@ -259,7 +242,7 @@ def test_two_trainings_started_together_get_different_folders(bnexp, bnexp_besid
     second = bnexp_beside.start("train", config, "training.steps=10")
     done = [first.wait(), second.wait()]
     assert [d.code for d in done] == [0, 0]
-    assert {folder_of(d) for d in done} == {"runs/survivor-1", "runs/survivor-2"}
+    assert {run_of(bnexp, d).name for d in done} == {"survivor-1", "survivor-2"}
 
 
 def test_resuming_with_another_model_or_data_is_refused_with_the_keys(bnexp, config):

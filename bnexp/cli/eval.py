@@ -121,6 +121,5 @@ def _compare(session, model, recompute_stats, methods, samples, batch, show_prog
             samples,
             progress=show_progress and sys.stderr.isatty(),
         )
-        fold = config.performance.fold_batchnorm
-        found = assess(model, data.test, config.test.batch_size, kinds, fold=fold)
+        found = assess(model, data.test, config, kinds)
         return compare_assessment(found, model, data, config)

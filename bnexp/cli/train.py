@@ -251,14 +251,14 @@ def _finished(run: Run) -> bool:
         return False
 
 
-def _may_go_on(state: dict, changes: dict) -> bool:
+def _may_go_on(stopped: str | None, changes: dict) -> bool:
     """Whether a run that stopped by itself is given a reason to go on."""
     reasons = ("training.epochs", "training.steps", "training.early_stopping")
-    return not state.get("stopped") or any(key.startswith(reasons) for key in changes)
+    return not stopped or any(key.startswith(reasons) for key in changes)
 
 
 def _allow_what_changed(session: Session, changes: dict) -> None:
-    if session.stopped and _may_go_on({"stopped": session.stopped}, changes):
+    if session.stopped and _may_go_on(session.stopped, changes):
         session.stopped = None
         session.evaluations_without_improvement = 0
     if "training.early_stopping.metric" in changes or "training.early_stopping" in changes:
@@ -296,7 +296,7 @@ def _resume(run: Run, config: Config, device, changes: dict):
         print(f"bnexp: {line}", file=sys.stderr)
     session = Session(config, device)
     if state is not None:
-        longer = session.total_steps > state["step"] and _may_go_on(state, changes)
+        longer = session.total_steps > state["step"] and _may_go_on(state.get("stopped"), changes)
         if _finished(run) and not longer:
             raise UserError(
                 f"{run.path} has finished at step {state['step']}; give it more: training.steps=N"

@@ -85,15 +85,15 @@ class Assessment:
 def assess(
     model: nn.Module,
     split: Split,
-    batch_size: int,
+    config: Config,
     statistics: Mapping[str, Statistics | Callable[[], Statistics] | None],
     prefix: str = "",
-    fold: bool = False,
 ) -> Assessment:
     """Evaluate `model` on the whole `split` under each of `statistics`.
 
     A value is `Statistics`, a function that computes them (its time counts), or None for
-    mini-batch statistics. `prefix` goes before the kinds' names; `fold` is `evaluate`'s.
+    mini-batch statistics. `prefix` goes before the kinds' names. The batch size and whether BN is
+    folded are the config's.
     """
     result = Assessment()
     for kind, source in statistics.items():
@@ -102,7 +102,10 @@ def assess(
         result.seconds[prefix + kind] = time.perf_counter() - started
     started = time.perf_counter()
     result.predictions = evaluate(
-        model, lambda: split.batches(batch_size), result.statistics, fold
+        model,
+        lambda: split.batches(config.test.batch_size),
+        result.statistics,
+        config.performance.fold_batchnorm,
     )
     each = (time.perf_counter() - started) / len(result.statistics)
     for kind in result.seconds:

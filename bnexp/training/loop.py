@@ -255,21 +255,16 @@ class _Trainer:
         session, config = self.session, self.config
         data, test = session.data, config.test
         kinds = self._kinds(final)
-        fold = config.performance.fold_batchnorm
-        found = assess(session.model, data.test, test.batch_size, kinds, fold=fold)
+        found = assess(session.model, data.test, config, kinds)
         rows = found.rows(session.step, "test")
         baseline = next(iter(kinds))
         only_baseline = {baseline: kinds[baseline]}
         metric = found.predictions[baseline].accuracy
         if test.train_accuracy:
-            on_train = assess(
-                session.model, data.train, test.batch_size, only_baseline, fold=fold
-            )
+            on_train = assess(session.model, data.train, config, only_baseline)
             rows += on_train.rows(session.step, "train")
         if data.val is not None:
-            on_val = assess(
-                session.model, data.val, test.batch_size, only_baseline, fold=fold
-            )
+            on_val = assess(session.model, data.val, config, only_baseline)
             rows += on_val.rows(session.step, "val")
             on_val = on_val.predictions[baseline]
             stopping = config.training.early_stopping
@@ -346,13 +341,7 @@ class _Trainer:
             session.load_weights(best)
             with session.autocast():
                 kinds = self._kinds(final=True)
-                found = assess(
-                    session.model,
-                    session.data.test,
-                    config.test.batch_size,
-                    kinds,
-                    fold=config.performance.fold_batchnorm,
-                )
+                found = assess(session.model, session.data.test, config, kinds)
         with session.autocast():
             comparison = compare_assessment(
                 merge(found, averaged), session.model, session.data, config
@@ -373,14 +362,7 @@ def assess_average(session: Session, name: str) -> Assessment:
         kinds = kinds_to_assess(model, data, config, session.estimates(), ["recomputed"])
         if session.has_batchnorm:
             kinds = {kind: kinds[kind] for kind in ("recomputed", "running")}
-        return assess(
-            model,
-            data.test,
-            config.test.batch_size,
-            kinds,
-            prefix=f"{name}/",
-            fold=config.performance.fold_batchnorm,
-        )
+        return assess(model, data.test, config, kinds, prefix=f"{name}/")
 
 
 class _CheckpointClock:

@@ -22,6 +22,8 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from draw import GREEN, MUTED, ORANGE, PURPLE
+from draw import STYLE as STYLE_OF_PAGES
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -232,29 +234,9 @@ def measure() -> dict:
 
 # -------------------------------------------------------------------------------------- drawing
 
-INK, MUTED, GRID = "#1c2126", "#626b75", "#e2e6ea"
 BLUES = {8: "#0f3d66", 32: "#1f6fb5", 128: "#7db4e3"}
-ORANGE, GREEN, PURPLE, PINK = "#c8501e", "#23836a", "#7d55b0", "#b03a6d"
-STYLE = {
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.6,
-}
+PINK = "#b03a6d"
+STYLE = {**STYLE_OF_PAGES, "lines.linewidth": 1.6}
 
 
 def _figure(width: float, height: float, columns: int, **options):

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from bnexp.config import load_config
-from bnexp.evaluation.assessment import assess, recompute_population
+from bnexp.evaluation.assessment import recompute_population
 from bnexp.evaluation.comparison import compare
+from bnexp.evaluation.predictions import evaluate
 from bnexp.report.data import RunData
 from bnexp.runs import Run
 from bnexp.statistics import (
@@ -78,8 +79,9 @@ def _train_accuracy_in_training_mode(folder: Path) -> float:
     session = Session(config, torch.device("cpu"))
     state, _ = newest_checkpoint(folder / "checkpoints")
     session.load_weights(state)
-    found = assess(session.model, session.data.train, config.training.batch_size, {"batch": None})
-    return found.predictions["batch"].accuracy
+    size = config.training.batch_size
+    found = evaluate(session.model, lambda: session.data.train.batches(size), {"batch": None})
+    return found["batch"].accuracy
 
 
 def statistics_curves(folder: Path) -> dict:
@@ -109,6 +111,7 @@ def averaged_weights(folder: Path, every: int = 200) -> dict:
     """Test accuracy by step of the last, EMA and SWA weights under several statistics."""
     config = load_config(folder / "config.yaml")
     session = Session(config, torch.device("cpu"))
+    size = config.test.batch_size
     result: dict = {"steps": [], "accuracy": {}, "std_ratio": {}}
     for path in reversed(step_checkpoints(folder / "checkpoints")):
         state = load_checkpoint(path)
@@ -130,10 +133,10 @@ def averaged_weights(folder: Path, every: int = 200) -> dict:
                 kinds["ema/averaged"] = (model, stale["ema-0.99"])
             result["std_ratio"][name] = _std_ratio(stale["running"], fresh)
         for kind, (model, statistics) in kinds.items():
-            found = assess(model, session.data.test, config.test.batch_size, {"it": statistics})
+            found = evaluate(model, lambda: session.data.test.batches(size), {"it": statistics})
             curve = result["accuracy"].setdefault(kind, {"steps": [], "values": []})
             curve["steps"].append(state["step"])
-            curve["values"].append(found.predictions["it"].accuracy)
+            curve["values"].append(found["it"].accuracy)
     return result
 
 
@@ -220,7 +223,8 @@ def variances(folder: Path, samples: int = 5000) -> dict:
         var={name: v * (values[name] - 1) / values[name] for name, v in unbiased.var.items()},
     )
     kinds = {"biased": biased, "unbiased": unbiased, "pooled": pooled, "exact": exact}
-    found = assess(session.model, session.data.test, config.test.batch_size, kinds)
+    size = config.test.batch_size
+    found = evaluate(session.model, lambda: session.data.test.batches(size), kinds)
     return {
         "model": config.model.name,
         "layers": {
@@ -233,8 +237,8 @@ def variances(folder: Path, samples: int = 5000) -> dict:
             }
             for name in exact.var
         },
-        "accuracy": {kind: p.accuracy for kind, p in found.predictions.items()},
-        "comparison": _against(found.predictions, "exact", session),
+        "accuracy": {kind: p.accuracy for kind, p in found.items()},
+        "comparison": _against(found, "exact", session),
     }
 
 
