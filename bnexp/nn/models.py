@@ -78,7 +78,10 @@ class Mlp(nn.Module):
 
 class SmallCnn(nn.Module):
     """Two 3x3 convolutions (32 and 64 channels), each with BN, ReLU and 2x2 pooling, then 128
-    hidden units with BN and ReLU. PyTorch's default initialization."""
+    hidden units with BN and ReLU. PyTorch's default initialization.
+
+    ReLU comes after pooling, where it has a quarter of the work: both orders give the same values
+    and gradients, since the largest of four rectified values is the largest value, rectified."""
 
     def __init__(
         self,
@@ -99,9 +102,9 @@ class SmallCnn(nn.Module):
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
-        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
-        x = F.relu(self.bn3(self.fc1(x.flatten(1))))
+        x = F.relu(F.max_pool2d(self.bn1(self.conv1(x)), 2), inplace=True)
+        x = F.relu(F.max_pool2d(self.bn2(self.conv2(x)), 2), inplace=True)
+        x = F.relu(self.bn3(self.fc1(x.flatten(1))), inplace=True)
         return self.fc2(x)
 
 
@@ -120,13 +123,13 @@ class BasicBlock(nn.Module):
         self.new_channels = outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         if self.new_channels:
             x = x[:, :, :: self.stride, :: self.stride]
             before = self.new_channels // 2
             x = F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
-        return F.relu(x + y)
+        return F.relu(x + y, inplace=True)
 
 
 class ResNet20(nn.Module):
@@ -156,7 +159,7 @@ class ResNet20(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
 

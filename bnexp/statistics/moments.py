@@ -45,22 +45,15 @@ class Moments:
         """
         if len(parts) == 1:
             return parts[0]
-        return _merge(
-            [part.count for part in parts],
-            torch.stack([part.mean for part in parts]),
-            torch.stack([part.m2 for part in parts]),
-        )
-
-
-def _merge(counts: Sequence[int], means: Tensor, m2s: Tensor) -> Moments:
-    """Merge along the first dimension; means and m2s have shape (parts, channels)."""
-    total = sum(counts)
-    weights = torch.tensor(counts, dtype=means.dtype, device=means.device)
-    # Taken relative to one part's mean, so that a common offset costs no digits.
-    shifted = means - means[0]
-    delta = weights @ shifted / total
-    m2 = m2s.sum(0) + weights @ (shifted - delta).square_()
-    return Moments(total, means[0] + delta, m2)
+        means = torch.stack([part.mean for part in parts])
+        m2s = torch.stack([part.m2 for part in parts])
+        counts = means.new_tensor([part.count for part in parts])
+        count = sum(part.count for part in parts)
+        # Taken relative to one part's mean, so that a common offset costs no digits.
+        shifted = means - means[0]
+        delta = counts @ shifted / count
+        m2 = m2s.sum(0) + counts @ (shifted - delta).square_()
+        return Moments(count, means[0] + delta, m2)
 
 
 @torch.no_grad()
@@ -131,10 +124,9 @@ def _native_moments(x: Tensor, count: int) -> Moments:
     mean, var = torch.batch_norm_update_stats(
         rows[:folded].view(folded // fold, fold * channels), None, None, 0.0
     )
-    length = folded // fold
-    means = mean.double().view(fold, channels)
-    m2s = var.double().view(fold, channels) * length
-    result = _merge([length] * fold, means, m2s)
+    within = var.double().view(fold, channels).mean(0)
+    between, mean = torch.var_mean(mean.double().view(fold, channels), 0, correction=0)
+    result = Moments(folded, mean, (within + between) * folded)
     if folded < count:
         mean, var = torch.batch_norm_update_stats(rows[folded:], None, None, 0.0)
         rest = count - folded

@@ -102,7 +102,6 @@ class StatisticsTracker:
         self._feed = torch.compiler.disable(self.update)
         self._attach()
 
-    @torch.no_grad()
     def update(self) -> None:
         """Feed the batch moments that are waiting to all estimators. Call after each forward.
 

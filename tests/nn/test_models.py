@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -72,6 +73,26 @@ def test_parameters_of_the_small_cnn():
     for channels, size, flat in [(1, 28, 64 * 49), (1, 8, 64 * 4)]:
         expected = convolutions + flat * 128 + 2 * 128 + 128 * 10 + 10
         assert parameters(build("small-cnn", channels, (size, size))) == expected
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_the_small_cnn_is_bit_for_bit_the_one_that_rectifies_before_it_pools(norm):
+    model = build("small-cnn", 1, (28, 28), norm=norm)
+    names = ("conv1", "bn1", "relu1", "pool1", "conv2", "bn2", "relu2", "pool2", "flatten", "fc1",
+             "bn3", "relu3", "fc2")
+    usual = nn.Sequential(OrderedDict((name, _layer(model, name)) for name in names))
+    x = torch.randn(16, 1, 28, 28).round(decimals=1)  # ties, too
+    y = torch.arange(16) % 10
+    results = []
+    for network in (model, usual):
+        loss = nn.functional.cross_entropy(network(x), y)
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _layer(model, name):
+    made = {"relu": nn.ReLU(), "pool": nn.MaxPool2d(2), "flat": nn.Flatten()}
+    return made.get(name[:4]) or getattr(model, name)
 
 
 def test_parameters_of_resnet20():
