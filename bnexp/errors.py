@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(ValueError):
     """The input is wrong. The message is one line: what is wrong and how to mend it."""
@@ -25,3 +27,22 @@ class Interrupted(RuntimeError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and its state is in a checkpoint."""
 
     exit_code = 130
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file size limit is reached",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "writing is not allowed",
+    errno.EPERM: "writing is not allowed",
+    errno.EIO: "the disk failed",
+}
+
+
+def disk_failure(error: BaseException) -> RunFailed | None:
+    """What an OSError says of the disk, with the file it names; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+        return None
+    where = f" ({error.filename})" if error.filename else ""
+    return RunFailed(_DISK_ERRORS[error.errno] + where)

@@ -220,8 +220,8 @@ def test_of_two_resumes_at_once_one_is_refused(bnexp, bnexp_beside, config):
 
 
 @needs_fashion_mnist
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_a_signal_while_data_are_read_leaves_nothing_behind(bnexp, config, number, code):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_data_are_read_leaves_nothing_behind(bnexp, config, number):
     command = bnexp.start("train", config, "data.name=fashion-mnist", *ENDLESS)
 
     def reading():
@@ -231,22 +231,18 @@ def test_a_signal_while_data_are_read_leaves_nothing_behind(bnexp, config, numbe
 
     wait_for(reading)
     command.signal(number)
-    done = command.wait()
-    assert done.code == code
-    assert number != signal.SIGINT or only_line(done, 130) == "bnexp: interrupted"
+    assert only_line(command.wait(), 130) == "bnexp: interrupted"
     assert not (bnexp.cwd / "runs").exists() or not list((bnexp.cwd / "runs").iterdir())
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_a_signal_during_eval_leaves_the_run_as_it_was(bnexp, config, number, code):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_eval_leaves_the_run_as_it_was(bnexp, config, number):
     run = trained(bnexp, config, "model.name=resnet20", "training.steps=5")
     before = content(run.path)
     command = bnexp.start("eval", run.path, "--recompute-stats", "--samples", "1167")
     wait_for(command.stderr_so_far)
     command.signal(number)
-    done = command.wait()
-    assert done.code == code
-    assert number != signal.SIGINT or only_line(done, 130) == "bnexp: interrupted"
+    assert only_line(command.wait(), 130) == "bnexp: interrupted"
     assert content(run.path) == before
 
 

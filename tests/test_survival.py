@@ -183,7 +183,9 @@ def test_disk_full_is_one_line_and_the_last_checkpoint_is_whole(bnexp, config):
     assert done.code == 1
     assert done.stderr.strip().splitlines()[-1].startswith("bnexp: the file size limit is reached")
     assert "Traceback" not in done.stderr
-    assert not list((bnexp.cwd / "runs" / "large-1" / "checkpoints").iterdir())
+    run = Run(bnexp.cwd / "runs" / "large-1")
+    assert run.state["message"].startswith("the file size limit is reached")
+    assert not list(run.checkpoints.iterdir())
 
 
 @pytest.fixture

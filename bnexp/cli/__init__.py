@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import signal
 import sys
 
 import typer
@@ -41,21 +41,11 @@ def _version(
         raise typer.Exit
 
 
-_DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file size limit is reached",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "writing is not allowed",
-    errno.EPERM: "writing is not allowed",
-    errno.EIO: "the disk failed",
-}
-
-
 def main() -> None:
     """Run the command line; errors that have an answer end in one line and their exit code."""
-    from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError
+    from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     try:
         app(prog_name="bnexp")
     except (UserError, RunFailed, ExpectationNotMet, Interrupted) as error:
@@ -68,10 +58,10 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        failure = disk_failure(error)
+        if failure is None:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{_DISK_ERRORS[error.errno]}{where}", 1)
+        _fail(str(failure), failure.exit_code)
     except (MemoryError, RuntimeError) as error:
         from bnexp.device import is_out_of_memory
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError
+from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
 from bnexp.runs import Run, create_run, find_run, write_atomically
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _explained(error: Exception, run: Run, session: Session) -> Exception:
             f"torch.compile can't compile {session.config.model.name} here ({reason}); set "
             "performance.compile=false"
         )
-    return error
+    return disk_failure(error) or error
 
 
 def _out_of_memory(session) -> str:

@@ -98,8 +98,9 @@ class StatisticsTracker:
         self._layers, self._converted = _tracked_layers(model)
         self._groups: list[_Group] = []
         self._closed = False
-        # For layers inside a compiled graph: the update itself is not to be traced.
-        self._feed = torch.compiler.disable(self.update)
+        # For layers inside a compiled graph: the update itself is not to be traced. Unlike
+        # torch.compiler.disable, this imports the compiler, for a second, when it is called first.
+        self._feed = torch._disable_dynamo(lambda: self.update())
         self._attach()
 
     def update(self) -> None:

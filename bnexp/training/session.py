@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -75,7 +76,6 @@ class Session:
             if config.statistics.normalization_batch:
                 set_normalization_batch(self.model, config.statistics.normalization_batch)
 
-        self.optimizer = build_optimizer(training.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
         rules = {"ema": training.averages.ema, "swa": training.averages.swa}
         self.averages = {
@@ -103,6 +103,12 @@ class Session:
         "evaluations_without_improvement",
         "stopped",
     )
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Built when first used: torch.optim then imports torch's compiler, and evaluating a run
+        need not wait for that."""
+        return build_optimizer(self.config.training.optimizer, self.model)
 
     @property
     def frozen(self) -> bool:
