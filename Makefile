@@ -16,7 +16,8 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 lint: .venv/installed-dev
-	$(BIN)/ruff check bnexp tests benchmarks docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 figures: .venv/installed-dev
 	$(BIN)/python docs/figures/make.py

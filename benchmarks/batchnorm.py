@@ -35,8 +35,13 @@ EIGHT = {
     "average": Cumulative(),
 }
 SHAPES = [
-    (128, 100), (512, 64, 49), (128, 16, 32, 32), (128, 32, 28, 28), (128, 64, 8, 8),
-    (32, 256, 14, 14), (8, 16, 8, 16, 16),
+    (128, 100),
+    (512, 64, 49),
+    (128, 16, 32, 32),
+    (128, 32, 28, 28),
+    (128, 64, 8, 8),
+    (32, 256, 14, 14),
+    (8, 16, 8, 16, 16),
 ]
 KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -76,8 +81,12 @@ def variants(model: nn.Module) -> list[tuple[nn.Module, Callable[[], None]]]:
     again = copy.deepcopy(plain)
     ours, tracked = convert_batchnorm(copy.deepcopy(plain)), copy.deepcopy(plain)
     tracker = StatisticsTracker(tracked, EIGHT)
-    return [(plain, lambda: None), (ours, lambda: None), (tracked, tracker.update),
-            (again, lambda: None)]
+    return [
+        (plain, lambda: None),
+        (ours, lambda: None),
+        (tracked, tracker.update),
+        (again, lambda: None),
+    ]
 
 
 def chain_step(chain: nn.Module, update: Callable[[], None], x: torch.Tensor, gradient):
@@ -114,10 +123,13 @@ def main() -> None:
     device = arguments.device
     keep_freed_memory()
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
-          f"{arguments.rounds} rounds\n")
-    print("| what | format | torch.nn, ms | bnexp ÷ torch.nn | with 8 estimators "
-          "| torch.nn again |")
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
+        f"{arguments.rounds} rounds\n"
+    )
+    print(
+        "| what | format | torch.nn, ms | bnexp ÷ torch.nn | with 8 estimators | torch.nn again |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for shape in SHAPES if arguments.only != "resnet20" else []:
         for last in (False, True) if len(shape) == 4 else (False,):
@@ -129,8 +141,12 @@ def main() -> None:
             steps = [chain_step(m, end, x, gradient) for m, end in variants(chain.to(device))]
             columns = compare(steps, arguments.rounds, device)
             layout = "channels_last" if last else "contiguous"
-            print(f"| {arguments.layers} × BN {shape} | {layout} |", " | ".join(columns), "|",
-                  flush=True)
+            print(
+                f"| {arguments.layers} × BN {shape} | {layout} |",
+                " | ".join(columns),
+                "|",
+                flush=True,
+            )
     if arguments.only != "layers":
         model = build_model("resnet20", channels=3, image_size=(32, 32), num_classes=10)
         model.to(device, memory_format=torch.channels_last)

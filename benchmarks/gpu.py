@@ -136,9 +136,7 @@ def timed(step: Callable[[], None], device: torch.device, warm: int = 3) -> Turn
 def bnexp_turn(
     name: str, device: torch.device, batch_size: int, compiled: bool, folder: Path
 ) -> Turn:
-    session = make_session(
-        name, device, batch_size, {"compile": compiled}, train=IMAGES, test=100
-    )
+    session = make_session(name, device, batch_size, {"compile": compiled}, train=IMAGES, test=100)
     loop = Loop(session, folder)
 
     def turn(steps: int) -> float:
@@ -224,9 +222,7 @@ def make_turn(
     return loop.turn(torch.compile(loop.model) if contender == "bare compiled" else loop.model)
 
 
-def measure(
-    name: str, batch_size: int, arguments: argparse.Namespace, folder: Path
-) -> list[dict]:
+def measure(name: str, batch_size: int, arguments: argparse.Namespace, folder: Path) -> list[dict]:
     """One row per contender that ran."""
     device = arguments.device
     turns: dict[str, Turn] = {}
@@ -240,8 +236,10 @@ def measure(
             each = turn(5) / 5
         except Exception as error:  # the others are still worth having
             reason = (str(error).splitlines() or [""])[0]
-            print(f"{name}, {batch_size}, {contender}: {type(error).__name__}: {reason}",
-                  file=sys.stderr)
+            print(
+                f"{name}, {batch_size}, {contender}: {type(error).__name__}: {reason}",
+                file=sys.stderr,
+            )
             continue
         count = max(5, round(arguments.seconds / each))
         if contender.startswith("bnexp") and count >= EVERY // 2:
@@ -258,12 +256,20 @@ def measure(
         base = times.get("bare", each)
         ratio = statistics.median(a / b for a, b in zip(each, base, strict=True))
         median = statistics.median(each)
-        rows.append({
-            "network": name, "batch": batch_size, "contender": contender, "ms": 1e3 * median,
-            "ms_least": 1e3 * min(each), "ms_most": 1e3 * max(each),
-            "images_per_second": batch_size / median, "ratio_to_bare": ratio,
-            "steps": steps[contender], "rounds": arguments.rounds,
-        })
+        rows.append(
+            {
+                "network": name,
+                "batch": batch_size,
+                "contender": contender,
+                "ms": 1e3 * median,
+                "ms_least": 1e3 * min(each),
+                "ms_most": 1e3 * max(each),
+                "images_per_second": batch_size / median,
+                "ratio_to_bare": ratio,
+                "steps": steps[contender],
+                "rounds": arguments.rounds,
+            }
+        )
     return rows
 
 

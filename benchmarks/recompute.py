@@ -55,12 +55,25 @@ def images(count: int) -> torch.Tensor:
 
 def small_cnn() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.BatchNorm1d(128), nn.ReLU(),
-        nn.Linear(128, 10),
-    ).to(memory_format=torch.channels_last).eval()
+    return (
+        nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 128),
+            nn.BatchNorm1d(128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
+        .to(memory_format=torch.channels_last)
+        .eval()
+    )
 
 
 def deep_cnn(depth: int) -> nn.Sequential:
@@ -217,10 +230,18 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     compare(args.device, 3 if args.quick else args.repeats)
     if not args.quick:
-        grow(args.device, "`exact`, small CNN, by number of images", "images",
-             [(n, 0) for n in (1000, 2000, 5000, 10_000, 20_000, 50_000)])
-        grow(args.device, "`exact`, 1000 images, by number of BN layers", "BN layers",
-             [(1000, d) for d in (10, 20, 50, 100)])
+        grow(
+            args.device,
+            "`exact`, small CNN, by number of images",
+            "images",
+            [(n, 0) for n in (1000, 2000, 5000, 10_000, 20_000, 50_000)],
+        )
+        grow(
+            args.device,
+            "`exact`, 1000 images, by number of BN layers",
+            "BN layers",
+            [(1000, d) for d in (10, 20, 50, 100)],
+        )
 
 
 if __name__ == "__main__":

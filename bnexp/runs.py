@@ -1,14 +1,14 @@
 """The run folder: made atomically, appended to while training, read by everything else.
 
-    runs/<name>-<number>/
-        config.yaml        resolved and retrainable
-        environment.json   versions, device, seed, git commit, command, resumes
-        state.json         running, finished, interrupted or failed, and at which step
-        steps.csv          one row per step
-        evals.csv          one row per evaluation
-        checkpoints/       see bnexp.training.checkpoints
-        comparison.json    see bnexp.evaluation
-        results.png, report.html
+runs/<name>-<number>/
+    config.yaml        resolved and retrainable
+    environment.json   versions, device, seed, git commit, command, resumes
+    state.json         running, finished, interrupted or failed, and at which step
+    steps.csv          one row per step
+    evals.csv          one row per evaluation
+    checkpoints/       see bnexp.training.checkpoints
+    comparison.json    see bnexp.evaluation
+    results.png, report.html
 """
 
 from __future__ import annotations

@@ -67,8 +67,18 @@ def test_train_then_eval(bnexp, quick):
         assert kind["accuracy"] == pytest.approx(final[kind["name"]], abs=1e-6)
     assert {row["name"] for row in result["layers"]["recomputed"]} == {"bn1", "bn2", "bn3"}
 
-    table = bnexp("eval", run.name, "--recompute-stats", "--method", "pooled", "--method", "exact",
-                  "--samples", "500", "--batch")
+    table = bnexp(
+        "eval",
+        run.name,
+        "--recompute-stats",
+        "--method",
+        "pooled",
+        "--method",
+        "exact",
+        "--samples",
+        "500",
+        "--batch",
+    )
     assert table.code == 0, table.stderr
     for said in ("recomputed/pooled", "recomputed/exact", "batch", "furthest", "bn1"):
         assert said in table.stdout
@@ -93,8 +103,12 @@ def test_whole_train_accuracy_is_that_of_the_checkpoint(bnexp, quick):
     config = run.load_config()
     data = load_data(config.data, torch.device("cpu"), config.seed)
     info = data.info
-    model = build_model("small-cnn", channels=info.channels, image_size=info.image_size,
-                        num_classes=len(info.classes))
+    model = build_model(
+        "small-cnn",
+        channels=info.channels,
+        image_size=info.image_size,
+        num_classes=len(info.classes),
+    )
     model.load_state_dict(newest_checkpoint(run.checkpoints)[0]["model"])
     model.eval()
     right = 0
@@ -178,8 +192,10 @@ def error_line(done, code=2):
         (["train", "quick.yaml", "data.name=digit"], ["digit", "digits"]),
         (["train", "quick.yaml", "model.name=resnet2"], ["resnet2", "resnet20"]),
         (["train", "quick.yaml", "model.name=torchvision/resnet19"], ["torchvision/resnet18"]),
-        (["train", "quick.yaml", "training.batch_size=1", "model.name=mlp"],
-         ["training.batch_size is 1", "one value per channel"]),
+        (
+            ["train", "quick.yaml", "training.batch_size=1", "model.name=mlp"],
+            ["training.batch_size is 1", "one value per channel"],
+        ),
         (["train", "quick.yaml", "training.batch_size=5000"], ["5000", "1297"]),
         (["train", "quick.yaml", "--device", "cuda:7"], ["cuda:7"]),
         (["train", "quick.yaml", "data={name: image-folder, root: absent}"], ["absent"]),
@@ -255,8 +271,12 @@ def test_python_m_bnexp():
 @needs_fashion_mnist
 def test_fashion_mnist_is_learned(bnexp):
     done = bnexp(
-        "train", ROOT / "configs" / "fashion-mnist.yaml", "training.steps=60", "test.every=null",
-        "expect.test_accuracy=0.7", "statistics.recompute.samples=1000",
+        "train",
+        ROOT / "configs" / "fashion-mnist.yaml",
+        "training.steps=60",
+        "test.every=null",
+        "expect.test_accuracy=0.7",
+        "statistics.recompute.samples=1000",
     )
     assert done.code == 0, done.stderr
     run = Run(bnexp.cwd / "runs" / "fashion-mnist-1")

@@ -35,7 +35,11 @@ def test_every_shipped_config_loads_and_its_resolved_form_is_retrainable(path, t
 
 def test_there_are_the_configs_the_readme_promises():
     assert {p.stem for p in CONFIGS} >= {
-        "digits", "smoke", "fashion-mnist", "mnist-paper", "cifar10-resnet20"
+        "digits",
+        "smoke",
+        "fashion-mnist",
+        "mnist-paper",
+        "cifar10-resnet20",
     }
 
 

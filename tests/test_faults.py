@@ -69,7 +69,11 @@ def content(folder):
 
 def test_out_of_memory_is_a_line_with_the_batch_size_and_an_estimate(bnexp, config):
     done = bnexp(
-        "train", config, "model.name=resnet20", "training.batch_size=1000", *ENDLESS,
+        "train",
+        config,
+        "model.name=resnet20",
+        "training.batch_size=1000",
+        *ENDLESS,
         memory_limit=80 * MIB,
     )
     line = only_line(done, 1)
@@ -173,8 +177,10 @@ def test_a_run_can_not_become_shorter_than_it_is(bnexp, config):
 def test_kill_9_in_the_final_evaluation_changes_nothing(bnexp, config, ending):
     extra = ["model.name=small-cnn"]
     if ending == "restored best":
-        extra += ["training.steps=2000",
-                  "training.early_stopping={metric: val_accuracy, patience: 3}"]
+        extra += [
+            "training.steps=2000",
+            "training.early_stopping={metric: val_accuracy, patience: 3}",
+        ]
     reference = trained(bnexp, config, *extra, "--name", "reference")
     if ending == "restored best":
         assert reference.state["weights"] == "best"
@@ -252,7 +258,11 @@ def test_a_signal_during_eval_leaves_the_run_as_it_was(bnexp, config, number):
 def test_without_a_compiler_compile_is_refused_in_a_line(bnexp, config, tmp_path_factory):
     cache = tmp_path_factory.mktemp("nothing compiled")
     done = bnexp(
-        "train", config, "performance.compile=true", PATH="/nonexistent", CXX="",
+        "train",
+        config,
+        "performance.compile=true",
+        PATH="/nonexistent",
+        CXX="",
         TORCHINDUCTOR_CACHE_DIR=str(cache),
     )
     line = only_line(done, 1)

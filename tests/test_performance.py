@@ -127,7 +127,12 @@ def test_a_compiled_run_is_resumed_as_if_it_had_not_stopped(bnexp, compiler_cach
     whole = bnexp("train", "fast.yaml", "performance.compile=true", "--name", "whole", **env)
     assert whole.code == 0, whole.stderr
     half = bnexp(
-        "train", "fast.yaml", "performance.compile=true", "training.steps=20", "--name", "half",
+        "train",
+        "fast.yaml",
+        "performance.compile=true",
+        "training.steps=20",
+        "--name",
+        "half",
         **env,
     )
     assert half.code == 0, half.stderr
@@ -168,9 +173,12 @@ def test_folding_is_what_the_setting_says(tmp_path, monkeypatch):
     counts = {}
     for fold in (True, False):
         session = session_with(
-            model={"name": "small-cnn"}, performance={"fold_batchnorm": fold},
-            training={"steps": 2, "averages": {}}, test={"statistics": ["running"], "every": 1},
-            data={"val_fraction": 0.0}, statistics={"estimators": {}},
+            model={"name": "small-cnn"},
+            performance={"fold_batchnorm": fold},
+            training={"steps": 2, "averages": {}},
+            test={"statistics": ["running"], "every": 1},
+            data={"val_fraction": 0.0},
+            statistics={"estimators": {}},
         )
         calls.clear()
         trained(session, tmp_path)
@@ -211,7 +219,8 @@ def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
 
     session = session_with(
         training={"steps": 3000, "batch_size": 4, "optimizer": {"lr": 0.001}},
-        test={"every": 300, "statistics": ["running"]}, statistics={"recompute": {"samples": 100}},
+        test={"every": 300, "statistics": ["running"]},
+        statistics={"recompute": {"samples": 100}},
         checkpoints={"every_steps": 250},
     )
     run = create_run(session.config, {}, tmp_path)

@@ -113,6 +113,7 @@ def test_kill_9_during_checkpointing_and_evaluation(bnexp, config, moment):
     seen = set()
     for round_ in range(5):
         if moment == "checkpoint":
+
             def new_or_end(seen=frozenset(seen)):
                 return _being_written(run) - seen or (_finished(run) and {"end"})
 
@@ -207,9 +208,16 @@ def test_a_disk_that_fills_up_during_the_run(bnexp, config, small_disk):
     bnexp.cwd = small_disk
     trained(bnexp, config, "training.steps=20", "--name", "first")
     filler = small_disk / "filler"
-    command = bnexp.start("train", config, "training.steps=5000", "--name", "victim",
-                          "test.every=null", "training.averages={}",
-                          "checkpoints={every_steps: 20, every_seconds: null}")
+    command = bnexp.start(
+        "train",
+        config,
+        "training.steps=5000",
+        "--name",
+        "victim",
+        "test.every=null",
+        "training.averages={}",
+        "checkpoints={every_steps: 20, every_seconds: null}",
+    )
     run = Run(small_disk / "runs" / "victim-1")
     wait_for(lambda: list((run.path / "checkpoints").glob("step-*.pt")))
     with open(filler, "wb") as file, contextlib.suppress(OSError):
@@ -274,9 +282,17 @@ def test_another_length_is_refused_where_swa_has_a_start(bnexp, config):
 
 
 def test_divergence_stops_the_run_says_where_and_keeps_a_good_checkpoint(bnexp, config):
-    done = bnexp("train", config, "model.norm=none", "training.optimizer.lr=1e8",
-                 "training.schedule={name: constant, warmup_steps: 60}", "statistics={}",
-                 "checkpoints={every_steps: 1}", "test.every=null", "training.averages={}")
+    done = bnexp(
+        "train",
+        config,
+        "model.norm=none",
+        "training.optimizer.lr=1e8",
+        "training.schedule={name: constant, warmup_steps: 60}",
+        "statistics={}",
+        "checkpoints={every_steps: 1}",
+        "test.every=null",
+        "training.averages={}",
+    )
     assert done.code == 1
     line = done.stderr.strip().splitlines()[-1]
     assert "diverged" in line and "at step" in line and "learning rate" in line
@@ -288,19 +304,33 @@ def test_divergence_stops_the_run_says_where_and_keeps_a_good_checkpoint(bnexp, 
 
 def test_a_collapse_to_chance_stops_the_run(bnexp, config):
     """Good at first; then a learning rate that destroys what was learned, without NaN."""
-    done = bnexp("train", config, "training.steps=2500", "test.every=null", "statistics={}",
-                 "training.schedule={name: constant, warmup_steps: 10000}", "model.name=mlp",
-                 "training.optimizer={lr: 300, momentum: 0, nesterov: false}",
-                 "training.averages={}", "training.check_every=5")
+    done = bnexp(
+        "train",
+        config,
+        "training.steps=2500",
+        "test.every=null",
+        "statistics={}",
+        "training.schedule={name: constant, warmup_steps: 10000}",
+        "model.name=mlp",
+        "training.optimizer={lr: 300, momentum: 0, nesterov: false}",
+        "training.averages={}",
+        "training.check_every=5",
+    )
     line = done.stderr.strip().splitlines()[-1]
     assert done.code == 1, line
     assert "collapsed" in line and "learning rate" in line
 
 
 def test_early_stopping_ends_with_the_best_weights(bnexp, config):
-    run = trained(bnexp, config, "training.steps=2000", "test={every: 10}",
-                  "training.schedule={name: constant}", "training.averages={}",
-                  "training.early_stopping={metric: val_accuracy, patience: 4}")
+    run = trained(
+        bnexp,
+        config,
+        "training.steps=2000",
+        "test={every: 10}",
+        "training.schedule={name: constant}",
+        "training.averages={}",
+        "training.early_stopping={metric: val_accuracy, patience: 4}",
+    )
     state = run.state
     assert "stopped early" in state["message"] and state["weights"] == "best"
     validation = [(r["step"], r["accuracy"]) for r in run.evals() if r["split"] == "val"]
@@ -308,14 +338,21 @@ def test_early_stopping_ends_with_the_best_weights(bnexp, config):
     assert load_checkpoint(run.checkpoints / "best.pt")["step"] == best_step
     assert validation[-1][0] == state["step"]
     assert sum(step > best_step for step, _ in validation) == 4
-    logged = {r["step"]: r["accuracy"] for r in run.evals()
-              if r["split"] == "test" and r["statistics"] == "running"}
+    logged = {
+        r["step"]: r["accuracy"]
+        for r in run.evals()
+        if r["split"] == "test" and r["statistics"] == "running"
+    }
     assert run.comparison()["kinds"][0]["accuracy"] == pytest.approx(logged[best_step], abs=1e-9)
 
 
 def test_a_plateau_of_the_ema_accuracy_ends_the_run(bnexp, config):
     run = trained(
-        bnexp, config, "training.steps=3000", "test.every=null", "training.averages={}",
+        bnexp,
+        config,
+        "training.steps=3000",
+        "test.every=null",
+        "training.averages={}",
         "training.schedule={name: plateau, patience: 60, min_delta: 0.01, reductions: 1}",
     )
     assert "stopped improving" in run.state["message"]
@@ -324,9 +361,15 @@ def test_a_plateau_of_the_ema_accuracy_ends_the_run(bnexp, config):
 
 
 def test_freezing_leaves_the_running_statistics_alone(bnexp, config):
-    run = trained(bnexp, config, "statistics.freeze_from_step=20", "training.averages={}",
-                  "training.optimizer.lr=0.002",
-                  "checkpoints={every_steps: 20, keep: 10}", "training.steps=60")
+    run = trained(
+        bnexp,
+        config,
+        "statistics.freeze_from_step=20",
+        "training.averages={}",
+        "training.optimizer.lr=0.002",
+        "checkpoints={every_steps: 20, keep: 10}",
+        "training.steps=60",
+    )
     loaded = [load_checkpoint(path) for path in sorted(run.checkpoints.glob("step-*.pt"))]
     states = [state["model"] for state in loaded if state["step"] >= 20]
     assert torch.equal(states[0]["bn1.running_mean"], states[-1]["bn1.running_mean"])

@@ -27,17 +27,17 @@ def output() -> Console:
 def print_comparison(comparison: Comparison, layers: int = 0) -> None:
     """Print the verdict, one row per kind of statistics, and the furthest layers, to stdout."""
     console = output()
-    console.print()
+    console.print(f"\n[bold]{comparison.verdict}[/bold]\n", soft_wrap=not console.is_terminal)
     _print_kinds(console, comparison)
     if layers and (kind := _recomputed(comparison)):
         _print_drift(console, kind, comparison.layers[kind][:layers], comparison.baseline)
-    console.print(f"\n[bold]{comparison.verdict}[/bold]\n", soft_wrap=not console.is_terminal)
+    console.print()
 
 
 def _print_kinds(console: Console, comparison: Comparison) -> None:
     with_loss = console.width >= WIDE
     table = _table(console, f"{comparison.samples:,} test images")
-    columns = ["accuracy %", "95 % interval", "loss", "difference", "its 95 %", "changed", "p"]
+    columns = ["accuracy %", "95 % interval", "loss", "difference", "95 % interval", "changed", "p"]
     table.add_column("statistics", no_wrap=True)
     for column in columns:
         if column != "loss" or with_loss:

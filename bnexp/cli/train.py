@@ -45,9 +45,7 @@ def train(
         list[str] | None,
         typer.Argument(metavar="key=value", help="Dotted overrides: training.steps=500"),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")

@@ -65,7 +65,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if self.frozen:
             return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0,
+                input,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                False,
+                0.0,
                 self.eps,
             )
         if not self.track_running_stats or self.running_mean is None:
@@ -98,10 +104,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 "has a single sample"
             )
         # momentum 1, 1/2, 1/3, ... is the running average
-        return torch.cat([
-            F.batch_norm(part, mean, var, self.weight, self.bias, True, 1.0 / i, self.eps)
-            for i, part in enumerate(parts, start=1)
-        ])
+        return torch.cat(
+            [
+                F.batch_norm(part, mean, var, self.weight, self.bias, True, 1.0 / i, self.eps)
+                for i, part in enumerate(parts, start=1)
+            ]
+        )
 
     def _normalize_and_average(self, input: Tensor) -> Tensor:
         """Ghost batches without a tracker: one update of the running buffers per mini-batch."""

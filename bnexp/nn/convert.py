@@ -79,8 +79,10 @@ def unsupported_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Qualified name -> BN layer that `convert_batchnorm` leaves as it is: a foreign subclass or
     `SyncBatchNorm`."""
     return {
-        name: layer for name, layer in model.named_modules()
+        name: layer
+        for name, layer in model.named_modules()
         if isinstance(layer, _BatchNorm)
         and not isinstance(layer, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
-        and type(layer) not in _OURS and type(layer) not in _OURS.values()
+        and type(layer) not in _OURS
+        and type(layer) not in _OURS.values()
     }

@@ -92,6 +92,5 @@ def _our_layers(model: nn.Module) -> dict[str, nn.Module]:
         )
     convert_batchnorm(model)
     return {
-        name: layer for name, layer in model.named_modules()
-        if isinstance(layer, _TorchBatchNorm)
+        name: layer for name, layer in model.named_modules() if isinstance(layer, _TorchBatchNorm)
     }

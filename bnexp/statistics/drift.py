@@ -65,9 +65,14 @@ def _one_layer(name: str, a: Statistics, b: Statistics, eps: float) -> LayerDrif
     log_var = ((var_a + eps) / (var_b + eps)).log().abs()
     worst_mean, worst_var = int(mean.argmax()), int(log_var.argmax())
     return LayerDrift(
-        name, mean.numel(),
-        _rms(mean), float(mean[worst_mean]), worst_mean,
-        _rms(log_var), float(log_var[worst_var]), worst_var,
+        name,
+        mean.numel(),
+        _rms(mean),
+        float(mean[worst_mean]),
+        worst_mean,
+        _rms(log_var),
+        float(log_var[worst_var]),
+        worst_var,
     )
 
 

@@ -153,7 +153,11 @@ def pool_(block: Tensor, count: Tensor, batch: Tensor, seen: Tensor | None = Non
 
 
 def pool_window_(
-    blocks: Tensor, turn: Tensor, length: int, count: Tensor, batch: Tensor,
+    blocks: Tensor,
+    turn: Tensor,
+    length: int,
+    count: Tensor,
+    batch: Tensor,
     seen: Tensor | None = None,
 ) -> None:
     """`pool_` into the newest of a ring of blocks (B, 3, C); the oldest is emptied for a new one.

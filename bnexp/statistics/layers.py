@@ -128,6 +128,15 @@ class _Interceptor(TorchFunctionMode):
         self.called = True
         return self._batch_norm(*args, **(kwargs or {}))
 
-    def _batch_norm(self, input, running_mean, running_var, weight=None, bias=None,
-                    training=False, momentum=0.1, eps=1e-5):
+    def _batch_norm(
+        self,
+        input,
+        running_mean,
+        running_var,
+        weight=None,
+        bias=None,
+        training=False,
+        momentum=0.1,
+        eps=1e-5,
+    ):
         return self._normalize(self._name, input, weight, bias, eps)

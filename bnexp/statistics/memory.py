@@ -17,8 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UserError
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:([KMGT]I?)?B?)\s*", re.IGNORECASE)
 
 
@@ -235,7 +244,7 @@ class Store:
             host = data.cpu()
             rest = _view(host)
             while rest:
-                rest = rest[self._file.write(rest[:2**30]):]
+                rest = rest[self._file.write(rest[: 2**30]) :]
         except OSError as error:
             self.error = error
             raise
@@ -253,7 +262,7 @@ class Store:
         host = data if data.device.type == "cpu" else torch.empty(size, dtype=torch.uint8)
         rest = _view(host)
         while rest:
-            read = self._file.readinto(rest[:2**30])
+            read = self._file.readinto(rest[: 2**30])
             if not read:
                 raise OSError("the temporary file ended early")
             rest = rest[read:]

@@ -341,8 +341,9 @@ class _PerBatch:
                     len(parts),
                     sum(m.count for m in parts),
                 )
-                self._sums[name] = tuple(map(sum, zip(before, sums, strict=True))) if before \
-                    else sums
+                self._sums[name] = (
+                    tuple(map(sum, zip(before, sums, strict=True))) if before else sums
+                )
         self._recent = {}
 
     def _result(self, sums: Moments | tuple) -> tuple[Tensor, Tensor, int]:
@@ -467,9 +468,7 @@ class _Exact:
         self.probe(start[0], borrowed)
         start += _take(iterator, 1)
         if len(start) == 1:
-            self._population = [
-                (v.name, self._whole([v]), None) for v in self._probed
-            ]
+            self._population = [(v.name, self._whole([v]), None) for v in self._probed]
             return self._result()
         estimate = self.estimate(_length(batches), bound)
         _log.info("exact: %s", estimate)
@@ -738,8 +737,12 @@ def _bar(progress: Progress, method: str) -> Iterator[_Report]:
     )
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(f"statistics ({method})", total=None)
         report = _Report(lambda done, total: bar.update(task, completed=done, total=total))

@@ -173,9 +173,7 @@ class Statistics:
                     raise TypeError("not a floating tensor")
             return cls(dict(mean), dict(var), {name: int(n) for name, n in count.items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path} is not a statistics file of this version of bnexp"
-            ) from error
+            raise UserError(f"{path} is not a statistics file of this version of bnexp") from error
 
 
 def running_statistics(model: nn.Module) -> Statistics:

@@ -301,10 +301,12 @@ class _Group:
             for i, start in zip(index, starts, strict=True)
         }
 
-        self.shown = torch.stack([
-            torch.cat([layer.running_mean for layer in mine]),
-            torch.cat([layer.running_var for layer in mine]),
-        ])
+        self.shown = torch.stack(
+            [
+                torch.cat([layer.running_mean for layer in mine]),
+                torch.cat([layer.running_var for layer in mine]),
+            ]
+        )
         self.batch = torch.zeros_like(self.shown)
         self.counts = torch.zeros(2, len(mine), dtype=torch.int64, device=device)
         self.views: list[tuple[_BatchNorm, list[tuple[str, Tensor]]]] = []
@@ -330,8 +332,10 @@ class _Group:
         averaging = {name: rule for name, rule in rules.items() if not isinstance(rule, Pooled)}
         self.row = {name: row for row, name in enumerate(averaging)}
         channels = self.shown.shape[1]
-        options = {"dtype": torch.float32 if device.type == "mps" else torch.float64,
-                   "device": device}
+        options = {
+            "dtype": torch.float32 if device.type == "mps" else torch.float64,
+            "device": device,
+        }
         self.untouched = self.shown.to(**options, copy=True)
         self.averages = self.untouched.repeat(len(averaging), 1, 1)
         decays = [decay_of(rule) for rule in averaging.values()]
@@ -340,7 +344,8 @@ class _Group:
         self.mass = torch.tensor(masses, **options).view(-1, 1, 1).repeat(1, 1, channels)
         self.pools = {
             name: (rule, torch.zeros(rule.blocks, 3, channels, **options))
-            for name, rule in rules.items() if isinstance(rule, Pooled)
+            for name, rule in rules.items()
+            if isinstance(rule, Pooled)
         }
         self.turn = torch.zeros(channels, dtype=torch.int64, device=device)
         self.values: list[int] = []
@@ -443,8 +448,9 @@ def _tracked_layers(
                 f"layer {name!r} has a StatisticsTracker already: close() it, or give all "
                 "estimators to one tracker"
             )
-    converted = [(layer, type(layer)) for layer in layers.values()
-                 if not isinstance(layer, _BatchNorm)]
+    converted = [
+        (layer, type(layer)) for layer in layers.values() if not isinstance(layer, _BatchNorm)
+    ]
     for layer, _ in converted:
         convert_batchnorm(layer)
     return layers, converted

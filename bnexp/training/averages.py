@@ -54,6 +54,7 @@ class ParameterAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        torch._foreach_copy_(self.average, [t.to(a) for t, a in zip(
-            state["average"], self.average, strict=True)])
+        torch._foreach_copy_(
+            self.average, [t.to(a) for t, a in zip(state["average"], self.average, strict=True)]
+        )
         self.count = state["count"]

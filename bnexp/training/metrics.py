@@ -48,7 +48,12 @@ class StepLog:
     """
 
     def __init__(
-        self, csv: CsvLog, ema: EmaAccuracy, batch_size: int, steps_per_epoch: int, capacity: int,
+        self,
+        csv: CsvLog,
+        ema: EmaAccuracy,
+        batch_size: int,
+        steps_per_epoch: int,
+        capacity: int,
         device: torch.device,
     ) -> None:
         self.csv = csv

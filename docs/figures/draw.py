@@ -71,26 +71,43 @@ def ema_accuracy(found: dict) -> Figure:
     windows = batch[: len(batch) // 150 * 150].reshape(-1, 150)
     low, high = np.percentile(windows, (10, 90), axis=1)
     centres = 75 + 150 * np.arange(len(windows))
-    for ax, (decay, one), verdict in zip(
-        axes[0], found["decays"].items(), verdicts, strict=True
-    ):
+    for ax, (decay, one), verdict in zip(axes[0], found["decays"].items(), verdicts, strict=True):
         ax.fill_between(
-            centres, low, high, color="#d9dde2", linewidth=0, alpha=0.6, zorder=1,
+            centres,
+            low,
+            high,
+            color="#d9dde2",
+            linewidth=0,
+            alpha=0.6,
+            zorder=1,
             label="mini-batches (middle 80 %)",
         )
         ax.plot(
-            steps, 100 * np.array(one["curve"]), color=DECAY_COLOUR[decay], linewidth=1.3,
-            label="their EMA (training accuracy)", zorder=3,
+            steps,
+            100 * np.array(one["curve"]),
+            color=DECAY_COLOUR[decay],
+            linewidth=1.3,
+            label="their EMA (training accuracy)",
+            zorder=3,
         )
         ax.plot(
-            found["evaluated"], 100 * np.array(found["train"]), "o", color=INK, markersize=3,
-            label="whole training set, inference mode", zorder=4,
+            found["evaluated"],
+            100 * np.array(found["train"]),
+            "o",
+            color=INK,
+            markersize=3,
+            label="whole training set, inference mode",
+            zorder=4,
         )
         ax.set_title(f"decay {decay}: {verdict}", color=DECAY_COLOUR[decay])
         ax.text(
-            0.97, 0.06, f"{-100 * one['distance_mean']:.1f} points low, "
+            0.97,
+            0.06,
+            f"{-100 * one['distance_mean']:.1f} points low, "
             f"give or take {100 * one['distance_sd']:.1f}",
-            ha="right", transform=ax.transAxes, color=DECAY_COLOUR[decay],
+            ha="right",
+            transform=ax.transAxes,
+            color=DECAY_COLOUR[decay],
         )
         ax.set_xlabel("step")
         ax.set_ylim(72, 96)
@@ -113,9 +130,7 @@ KINDS = {
 @_styled
 def statistics(*runs: dict) -> Figure:
     """Rows: batch sizes. Columns: the first steps and the last ones."""
-    figure, axes = _figure(
-        9.6, 6.2, len(runs), 2, gridspec_kw={"width_ratios": (1, 1)}
-    )
+    figure, axes = _figure(9.6, 6.2, len(runs), 2, gridspec_kw={"width_ratios": (1, 1)})
     for row, run in zip(axes, runs, strict=True):
         steps = np.array(run["steps"])
         late_values = []
@@ -124,8 +139,14 @@ def statistics(*runs: dict) -> Figure:
                 values = 100 * np.array(run["accuracy"][kind])
                 black = kind == "recomputed"
                 ax.plot(
-                    steps[part], values[part], color=colour, linestyle=dashes, linewidth=width,
-                    label=label, alpha=0.25 if black else 1, zorder=1 if black else 3,
+                    steps[part],
+                    values[part],
+                    color=colour,
+                    linestyle=dashes,
+                    linewidth=width,
+                    label=label,
+                    alpha=0.25 if black else 1,
+                    zorder=1 if black else 3,
                 )
                 if part[-1]:
                     late_values.append(values[part])
@@ -153,15 +174,14 @@ def weights(found: dict) -> Figure:
     def line(ax, kind, label, colour, **options):
         curve = curves[kind]
         values = 100 * np.array(curve["values"])
-        ax.plot(curve["steps"], values, marker="o", markersize=3.5, color=colour, label=label,
-                **options)
+        ax.plot(
+            curve["steps"], values, marker="o", markersize=3.5, color=colour, label=label, **options
+        )
 
     titles = {"ema": "EMA of the weights, decay 0.99", "swa": "SWA: mean of the weights so far"}
     for ax, (name, title) in zip(axes[0], titles.items(), strict=True):
-        line(ax, "last/running", "trained weights, running statistics", "#9aa2ab",
-             linewidth=1.2)
-        line(ax, f"{name}/stale", "averaged weights, stale statistics",
-             ORANGE)
+        line(ax, "last/running", "trained weights, running statistics", "#9aa2ab", linewidth=1.2)
+        line(ax, f"{name}/stale", "averaged weights, stale statistics", ORANGE)
         line(ax, f"{name}/recomputed", "averaged weights, recomputed statistics", BLUE)
         ax.set_title(title)
         ax.set_xlabel("step")
@@ -191,8 +211,15 @@ def paper(with_bn: dict, without: dict) -> Figure:
         ax.fill_between(found["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
         for curve, name in ((high, "85th"), (middle, "50th"), (low, "15th")):
             ax.plot(found["steps"], curve, color=colour, linewidth=1.5)
-            ax.annotate(name, (found["steps"][-1], curve[-1]), xytext=(4, 0),
-                        textcoords="offset points", va="center", color=colour, fontsize=8.5)
+            ax.annotate(
+                name,
+                (found["steps"][-1], curve[-1]),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color=colour,
+                fontsize=8.5,
+            )
         ax.set_title(title)
     low = min(min(map(min, f["percentiles"])) for f in (with_bn, without))
     high = max(max(map(max, f["percentiles"])) for f in (with_bn, without))

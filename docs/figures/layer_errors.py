@@ -204,8 +204,13 @@ def measure() -> dict:
     reference = log_probabilities(model, test, true)
     labels = data.test.labels
     consequences = {}
-    for kind in ["running", *(f"{m} {s}" for m in ("batch-mean", "pooled") for s in SHOWN),
-                 f"pooled {BATCH} by class", f"exact {BATCH}", f"exact {BATCH} by class"]:
+    for kind in [
+        "running",
+        *(f"{m} {s}" for m in ("batch-mean", "pooled") for s in SHOWN),
+        f"pooled {BATCH} by class",
+        f"exact {BATCH}",
+        f"exact {BATCH} by class",
+    ]:
         log_p = log_probabilities(model, test, found[kind])
         predicted = log_p.argmax(1)
         consequences[kind] = {
@@ -254,17 +259,22 @@ def by_layer(found: dict) -> Figure:
     """Two panels, variance and mean: errors of every method from the first layer to the last."""
     figure, panels = _figure(9.6, 4.9, 2, sharey=True)
     layers = np.arange(1, len(found["layers"]) + 1)
-    ends = [i + 0.5 for i in range(1, len(layers))
-            if found["values_per_image"][i] != found["values_per_image"][i - 1]]
+    ends = [
+        i + 0.5
+        for i in range(1, len(layers))
+        if found["values_per_image"][i] != found["values_per_image"][i - 1]
+    ]
     titles = {"var": "variance: relative error", "mean": "mean: error in standard deviations"}
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
+
         def curve(kind: str, axes=axes, key=key, **style) -> np.ndarray:
             values = np.array(found["errors"][kind][key])
             axes.plot(layers, values, **style)
             return values
 
-        last = curve(f"pooled {BATCH} by class", color=PINK, linewidth=1.4, marker="o",
-                     markersize=2.5)[-1]
+        last = curve(
+            f"pooled {BATCH} by class", color=PINK, linewidth=1.4, marker="o", markersize=2.5
+        )[-1]
         axes.text(layers[-1] + 0.35, last, str(BATCH), color=PINK, va="center")
         for size, blue in BLUES.items():
             last = curve(f"pooled {size}", color=blue, marker="o", markersize=3)[-1]
@@ -289,23 +299,42 @@ def by_layer(found: dict) -> Figure:
     left, right = panels
     pointing = {"arrowstyle": "-", "linewidth": 0.8}
     left.annotate(
-        "pooled, batches of 8, 32, 128", (2.4, 8e-4), (2.2, 2.2e-5), color=BLUES[32],
-        weight="bold", arrowprops={**pointing, "color": BLUES[32]},
-    )
-    left.annotate(
-        "batch-mean: off in layer 1,\nthen the same as pooled", (1.05, 1.2e-2),
-        (1.6, 0.16), color=ORANGE, weight="bold", arrowprops={**pointing, "color": ORANGE},
-    )
-    left.annotate(
-        "pooled is exact\nin layer 1 only", (1.05, 6e-8), (2.2, 1.2e-6), color=BLUES[32],
+        "pooled, batches of 8, 32, 128",
+        (2.4, 8e-4),
+        (2.2, 2.2e-5),
+        color=BLUES[32],
+        weight="bold",
         arrowprops={**pointing, "color": BLUES[32]},
     )
     left.annotate(
-        "pooled, 128 sorted by class", (17, 1.9e-1), (10.3, 1.1), color=PINK,
-        weight="bold", arrowprops={**pointing, "color": PINK},
+        "batch-mean: off in layer 1,\nthen the same as pooled",
+        (1.05, 1.2e-2),
+        (1.6, 0.16),
+        color=ORANGE,
+        weight="bold",
+        arrowprops={**pointing, "color": ORANGE},
+    )
+    left.annotate(
+        "pooled is exact\nin layer 1 only",
+        (1.05, 6e-8),
+        (2.2, 1.2e-6),
+        color=BLUES[32],
+        arrowprops={**pointing, "color": BLUES[32]},
+    )
+    left.annotate(
+        "pooled, 128 sorted by class",
+        (17, 1.9e-1),
+        (10.3, 1.1),
+        color=PINK,
+        weight="bold",
+        arrowprops={**pointing, "color": PINK},
     )
     right.annotate(
-        "running averages, decay 0.9", (1.1, 4.3e-3), (1.6, 6e-1), color=PURPLE, weight="bold",
+        "running averages, decay 0.9",
+        (1.1, 4.3e-3),
+        (1.6, 6e-1),
+        color=PURPLE,
+        weight="bold",
         arrowprops={**pointing, "color": PURPLE},
     )
     return figure
@@ -320,19 +349,33 @@ def by_batch_size(found: dict) -> Figure:
         values = [found["errors"][f"pooled {size}"]["var"][layer] for size in SIZES]
         left.plot(sizes, values, color=colour, marker="o", markersize=3.5)
         factor = 1.35 if place == "bottom" else 1 / 4.5
-        left.text(sizes[0], values[0] * factor, f"pooled, layer {layer + 1}", color=colour,
-                  va=place, weight="bold")
+        left.text(
+            sizes[0],
+            values[0] * factor,
+            f"pooled, layer {layer + 1}",
+            color=colour,
+            va=place,
+            weight="bold",
+        )
     exact = [max(found["errors"][f"exact {size}"]["var"]) for size in SHOWN]
     left.plot(SHOWN, exact, color=GREEN, marker="o", markersize=3.5)
-    left.text(SHOWN[1], max(exact) * 2, "exact, its worst layer", color=GREEN, ha="center",
-              weight="bold")
+    left.text(
+        SHOWN[1], max(exact) * 2, "exact, its worst layer", color=GREEN, ha="center", weight="bold"
+    )
     middle = [found["errors"][f"pooled {size}"]["var"][last // 2] for size in SIZES]
     guide = np.array([16, 512])
     left.plot(guide, middle[1] / 6 * 8 / guide, color=MUTED, linewidth=1, linestyle=":")
-    left.text(90, middle[1] / 6 * 8 / 90 / 1.3, "∝ 1 / batch size", color=MUTED, ha="right",
-              va="top")
-    left.set(xscale="log", yscale="log", xlim=(3.2, 640), ylim=(2e-8, 0.4),
-             xlabel="mini-batch size", title="variance: relative error")
+    left.text(
+        90, middle[1] / 6 * 8 / 90 / 1.3, "∝ 1 / batch size", color=MUTED, ha="right", va="top"
+    )
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlim=(3.2, 640),
+        ylim=(2e-8, 0.4),
+        xlabel="mini-batch size",
+        title="variance: relative error",
+    )
     left.set_xticks(sizes, [str(size) for size in SIZES])
     left.minorticks_off()
     _decades(left.yaxis)
@@ -343,12 +386,18 @@ def by_batch_size(found: dict) -> Figure:
     right.fill_between(layers, seen, there, color=BLUES[128], alpha=0.35, linewidth=0)
     right.plot(layers, there, color=GREEN, marker="o", markersize=3)
     right.plot(layers, seen, color=BLUES[32], marker="o", markersize=3)
-    right.text(9, there[8] + 0.3, "there is: exact sees it", color=GREEN, ha="center",
-               weight="bold")
-    right.text(9, seen[8] + 0.12, "left for pooled to see", color=BLUES[32], ha="center",
-               weight="bold")
-    right.set(xlim=(0.4, 19.6), ylim=(0, None), xlabel="BN layer, from input to output",
-              title=f"% of variance between the means of batches of {shares['batch_size']}")
+    right.text(
+        9, there[8] + 0.3, "there is: exact sees it", color=GREEN, ha="center", weight="bold"
+    )
+    right.text(
+        9, seen[8] + 0.12, "left for pooled to see", color=BLUES[32], ha="center", weight="bold"
+    )
+    right.set(
+        xlim=(0.4, 19.6),
+        ylim=(0, None),
+        xlabel="BN layer, from input to output",
+        title=f"% of variance between the means of batches of {shares['batch_size']}",
+    )
     right.set_xticks([1, 4, 7, 10, 13, 16, 19])
     return figure
 
@@ -358,26 +407,39 @@ def main() -> None:
     found = measure()
     (HERE / "layer-errors.json").write_text(json.dumps(_rounded(found), indent=1) + "\n")
     draw(found)
-    print(*tables(found), *(found["costs"][key] for key in ("estimate", "bounded_estimate")),
-          sep="\n\n")
+    print(
+        *tables(found),
+        *(found["costs"][key] for key in ("estimate", "bounded_estimate")),
+        sep="\n\n",
+    )
 
 
 def tables(found: dict) -> list[str]:
     """The tables of the page, in Markdown: errors, consequences, costs."""
     last = len(found["layers"])
     shown = (1, 2, last // 2 + 1, last)
-    columns = ["relative error of the variance", *(f"layer {n}" for n in shown),
-               "worst channel of all"]
-    kinds = ["running", *(f"{m} {s}" for m in ("batch-mean", "pooled", "exact") for s in SHOWN),
-             *(f"{m} {BATCH} by class" for m in ("pooled", "exact"))]
+    columns = [
+        "relative error of the variance",
+        *(f"layer {n}" for n in shown),
+        "worst channel of all",
+    ]
+    kinds = [
+        "running",
+        *(f"{m} {s}" for m in ("batch-mean", "pooled", "exact") for s in SHOWN),
+        *(f"{m} {BATCH} by class" for m in ("pooled", "exact")),
+    ]
     rows = []
     for kind in kinds:
         error = found["errors"][kind]
         values = [*(error["var"][n - 1] for n in shown), max(error["worst_var"])]
         rows.append([_name(kind), *map(_power, values)])
     consequences = [
-        [_name(kind), f"{100 * row['accuracy']:.2f} %", f"{row['changed']} of {TEST_IMAGES}",
-         _power(row["divergence"])]
+        [
+            _name(kind),
+            f"{100 * row['accuracy']:.2f} %",
+            f"{row['changed']} of {TEST_IMAGES}",
+            _power(row["divergence"]),
+        ]
         for kind, row in found["consequences"].items()
     ]
     seconds = found["costs"]["seconds"]
@@ -388,8 +450,9 @@ def tables(found: dict) -> list[str]:
     ]
     return [
         _table(columns, rows),
-        _table(["statistics", "test accuracy", "predictions changed", "divergence, nats"],
-               consequences),
+        _table(
+            ["statistics", "test accuracy", "predictions changed", "divergence, nats"], consequences
+        ),
         _table(["what", "processor seconds", "of an inference pass"], costs),
     ]
 

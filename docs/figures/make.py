@@ -119,8 +119,10 @@ def main() -> None:
             "final_train_with_batch_statistics": accuracy["train_with_batch_statistics"],
             "final_test": accuracy["test"][-1],
             "decays": {
-                decay: {**{k: v for k, v in found.items() if k != "curve"},
-                        "final": found["curve"][-1]}
+                decay: {
+                    **{k: v for k, v in found.items() if k != "curve"},
+                    "final": found["curve"][-1],
+                }
                 for decay, found in accuracy["decays"].items()
             },
         },
@@ -135,8 +137,12 @@ def main() -> None:
         },
         "paper": {
             kind: {k: found[k] for k in found if k.startswith("median") or k == "unit"}
-            | {"test_at": {s: found["test"][found["tested"].index(s)] for s in
-                           (20, 100, 500, 1000, 5000, 10000, 50000)}}
+            | {
+                "test_at": {
+                    s: found["test"][found["tested"].index(s)]
+                    for s in (20, 100, 500, 1000, 5000, 10000, 50000)
+                }
+            }
             for kind, found in (("with", with_bn), ("without", without))
         },
         "paper_with_bn_at_the_end": measure.final_comparison(runs["paper-with-bn"]),

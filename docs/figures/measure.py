@@ -143,8 +143,7 @@ def averaged_weights(folder: Path, every: int = 200) -> dict:
 def _std_ratio(a: Statistics, b: Statistics) -> dict[str, float]:
     """Median over a layer's channels of std_a / std_b."""
     return {
-        name: float((a.var[name].double() / b.var[name].double()).sqrt().median())
-        for name in a.var
+        name: float((a.var[name].double() / b.var[name].double()).sqrt().median()) for name in a.var
     }
 
 

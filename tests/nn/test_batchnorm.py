@@ -23,8 +23,14 @@ PAIRS = {
     "3d": (BatchNorm3d, nn.BatchNorm3d, (6, 5, 2, 4, 3)),
 }
 EIGHT = {
-    "ema": Ema(0.9), "slow": Ema(0.999), "debiased": Ema(0.99, debias=True), "mean": Cumulative(),
-    "pooled": Pooled(), "window": Pooled(3), "wide": Pooled(40), "last": Ema(0.0),
+    "ema": Ema(0.9),
+    "slow": Ema(0.999),
+    "debiased": Ema(0.99, debias=True),
+    "mean": Cumulative(),
+    "pooled": Pooled(),
+    "window": Pooled(3),
+    "wide": Pooled(40),
+    "last": Ema(0.0),
 }
 
 
@@ -71,8 +77,13 @@ def inputs_like(shape, dtype=torch.float32, memory_format=torch.contiguous_forma
 
 
 OPTIONS = [
-    {}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"momentum": 0.3},
-    {"eps": 1e-2}, {"affine": False, "track_running_stats": False},
+    {},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"momentum": None},
+    {"momentum": 0.3},
+    {"eps": 1e-2},
+    {"affine": False, "track_running_stats": False},
 ]
 
 
@@ -100,11 +111,16 @@ def test_tracked_is_bit_identical_and_buffers_agree_to_rounding(kind, options):
 
 
 @pytest.mark.parametrize("tracked", [False, True])
-@pytest.mark.parametrize("memory_format, dtype", [
-    (torch.channels_last, torch.float32), (torch.channels_last, torch.float64),
-    (torch.contiguous_format, torch.float64), (torch.contiguous_format, torch.bfloat16),
-    (torch.channels_last, torch.bfloat16),
-])
+@pytest.mark.parametrize(
+    "memory_format, dtype",
+    [
+        (torch.channels_last, torch.float32),
+        (torch.channels_last, torch.float64),
+        (torch.contiguous_format, torch.float64),
+        (torch.contiguous_format, torch.bfloat16),
+        (torch.channels_last, torch.bfloat16),
+    ],
+)
 def test_memory_formats_and_dtypes(tracked, memory_format, dtype):
     ours, theirs, shape = pair("2d")
     ours.to(dtype)
@@ -172,11 +188,24 @@ def test_without_gradients_and_without_grad_mode(tracked):
 
 
 @pytest.mark.parametrize("tracked", [False, True])
-@pytest.mark.parametrize("kind, shape", [
-    ("1d", (1, 5)), ("1d", (6, 4)), ("1d", (5,)), ("1d", (2, 5, 3, 3)), ("2d", (1, 5, 1, 1)),
-    ("2d", (5, 4, 4)), ("2d", (2, 6, 3, 3)), ("3d", (2, 5, 3, 3)), ("1d", (0, 5)),
-    ("2d", (0, 5, 3, 3)), ("1d", (1, 5, 2)), ("2d", (1, 5, 1, 2)), ("3d", (1, 5, 1, 1, 1)),
-])
+@pytest.mark.parametrize(
+    "kind, shape",
+    [
+        ("1d", (1, 5)),
+        ("1d", (6, 4)),
+        ("1d", (5,)),
+        ("1d", (2, 5, 3, 3)),
+        ("2d", (1, 5, 1, 1)),
+        ("2d", (5, 4, 4)),
+        ("2d", (2, 6, 3, 3)),
+        ("3d", (2, 5, 3, 3)),
+        ("1d", (0, 5)),
+        ("2d", (0, 5, 3, 3)),
+        ("1d", (1, 5, 2)),
+        ("2d", (1, 5, 1, 2)),
+        ("3d", (1, 5, 1, 1, 1)),
+    ],
+)
 def test_accepts_and_refuses_the_shapes_that_torch_does(kind, shape, tracked):
     ours, theirs, _ = pair(kind)
     if tracked:
@@ -246,10 +275,14 @@ def test_state_dicts_travel_both_ways(tracked):
         assert torch.equal(model.eval()(x), reference.eval()(x))
 
 
-@pytest.mark.parametrize("copying", [
-    copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)),
-    lambda m: torch.load(_saved(m), weights_only=False),
-])
+@pytest.mark.parametrize(
+    "copying",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: torch.load(_saved(m), weights_only=False),
+    ],
+)
 @pytest.mark.parametrize("tracked", [False, True])
 def test_copies_stand_on_their_own(copying, tracked):
     model = small_net(BatchNorm2d)
@@ -289,13 +322,15 @@ def test_export(tracked):
 @pytest.mark.parametrize("tracked", [False, True])
 def test_compiled_full_graph(tracked):
     ours, theirs = small_net(BatchNorm2d), small_net(nn.BatchNorm2d)
-    after = StatisticsTracker(ours, {"first": Ema(0.9), **EIGHT}).update if tracked else (
-        lambda: None)
+    after = (
+        StatisticsTracker(ours, {"first": Ema(0.9), **EIGHT}).update if tracked else (lambda: None)
+    )
     # aot_eager traces as inductor does, without the minute of C++ compilation
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     inputs = inputs_like((4, 3, 8, 8), n=4)
     for a, b in zip(steps(compiled, inputs, after), steps(theirs, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        dict(ours.state_dict()), dict(theirs.state_dict()), rtol=1e-4, atol=1e-5)
+        dict(ours.state_dict()), dict(theirs.state_dict()), rtol=1e-4, atol=1e-5
+    )
     assert ours[1].num_batches_tracked == 4

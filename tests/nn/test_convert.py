@@ -70,10 +70,14 @@ def test_restore_is_the_inverse():
 
 
 @pytest.mark.parametrize("used_before", [False, True])
-@pytest.mark.parametrize("lazy, final, shape", [
-    (nn.LazyBatchNorm1d, BatchNorm1d, (4, 3)), (nn.LazyBatchNorm2d, BatchNorm2d, (4, 3, 2, 2)),
-    (nn.LazyBatchNorm3d, BatchNorm3d, (4, 3, 2, 2, 2)),
-])
+@pytest.mark.parametrize(
+    "lazy, final, shape",
+    [
+        (nn.LazyBatchNorm1d, BatchNorm1d, (4, 3)),
+        (nn.LazyBatchNorm2d, BatchNorm2d, (4, 3, 2, 2)),
+        (nn.LazyBatchNorm3d, BatchNorm3d, (4, 3, 2, 2, 2)),
+    ],
+)
 def test_lazy_layers_become_ours(lazy, final, shape, used_before):
     model, reference = nn.Sequential(lazy(momentum=0.3)), nn.Sequential(lazy(momentum=0.3))
     x = torch.randn(shape)
@@ -159,5 +163,7 @@ def test_torchvision_networks_train_bit_identically(name, tracked):
     )
     if tolerance or not tracked:
         torch.testing.assert_close(
-            dict(model.named_buffers()), dict(reference.named_buffers()),
-            **(tolerance or {"rtol": 0, "atol": 0}))
+            dict(model.named_buffers()),
+            dict(reference.named_buffers()),
+            **(tolerance or {"rtol": 0, "atol": 0}),
+        )

@@ -77,9 +77,9 @@ def test_logits_are_as_near_to_float64_as_without_folding(name, channels_last):
 
 
 def test_everything_is_the_very_same_afterwards_also_after_an_exception():
-    model = trained_looking(build_model(
-        "resnet20", channels=3, image_size=(32, 32), num_classes=10
-    ))
+    model = trained_looking(
+        build_model("resnet20", channels=3, image_size=(32, 32), num_classes=10)
+    )
     model.conv1.bias = nn.Parameter(torch.randn(16))
     before = copy.deepcopy(model.state_dict())
     objects = list(model.parameters()) + list(model.buffers())
@@ -87,9 +87,9 @@ def test_everything_is_the_very_same_afterwards_also_after_an_exception():
     with pytest.raises(KeyboardInterrupt), folded(model):
         assert not torch.equal(model.conv1.weight, before["conv1.weight"])
         raise KeyboardInterrupt
-    assert all(a is b for a, b in zip(
-        objects, [*model.parameters(), *model.buffers()], strict=True
-    ))
+    assert all(
+        a is b for a, b in zip(objects, [*model.parameters(), *model.buffers()], strict=True)
+    )
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -98,9 +98,9 @@ def test_everything_is_the_very_same_afterwards_also_after_an_exception():
 
 
 def test_a_failure_while_folding_leaves_the_model_alone():
-    model = trained_looking(build_model(
-        "small-cnn", channels=1, image_size=(28, 28), num_classes=10
-    ))
+    model = trained_looking(
+        build_model("small-cnn", channels=1, image_size=(28, 28), num_classes=10)
+    )
     x = torch.randn(2, 1, 28, 28)
     plain = model(x)
     whole, model.bn2.running_var = model.bn2.running_var, torch.ones(3)
@@ -111,9 +111,9 @@ def test_a_failure_while_folding_leaves_the_model_alone():
 
 
 def test_each_kind_of_statistics_is_folded_with_its_own():
-    model = trained_looking(build_model(
-        "small-cnn", channels=1, image_size=(28, 28), num_classes=10
-    ))
+    model = trained_looking(
+        build_model("small-cnn", channels=1, image_size=(28, 28), num_classes=10)
+    )
     running = running_statistics(model)
     other = copy.deepcopy(running)
     for name in other.names:
@@ -143,9 +143,9 @@ def test_statistics_that_a_tracker_still_holds_are_taken_in_first():
 
 
 def test_frozen_layers_are_folded_like_others():
-    model = freeze_batchnorm(trained_looking(build_model(
-        "small-cnn", channels=1, image_size=(28, 28), num_classes=10
-    )))
+    model = freeze_batchnorm(
+        trained_looking(build_model("small-cnn", channels=1, image_size=(28, 28), num_classes=10))
+    )
     x = torch.randn(4, 1, 28, 28)
     before, plain = calls_and_output(model, x)
     with folded(model):
@@ -190,9 +190,17 @@ def decided_by_values(net, x):
     return net.bn(net.conv(x)) if x.sum() > 0 else x
 
 
-@pytest.mark.parametrize("forward", [
-    two_users, conv_twice, bn_twice, weight_read_elsewhere, something_between, decided_by_values,
-])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        two_users,
+        conv_twice,
+        bn_twice,
+        weight_read_elsewhere,
+        something_between,
+        decided_by_values,
+    ],
+)
 def test_not_folded_where_it_would_be_wrong(forward):
     model = trained_looking(Net(forward))
     x = torch.rand(2, 3, 4, 4)
@@ -207,11 +215,15 @@ def plain_pair(net, x):
     return net.bn2(net.conv2(net.bn(net.conv(x))))
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda net: net.bn.train(),
-    lambda net: net.conv.register_forward_hook(lambda *_: None),
-    lambda net: setattr(net.bn, "running_mean", None) or setattr(net.bn, "running_var", None),
-], ids=["training", "hook", "no running statistics"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda net: net.bn.train(),
+        lambda net: net.conv.register_forward_hook(lambda *_: None),
+        lambda net: setattr(net.bn, "running_mean", None) or setattr(net.bn, "running_var", None),
+    ],
+    ids=["training", "hook", "no running statistics"],
+)
 def test_a_layer_that_is_out_of_line_is_left_out_and_others_are_folded(spoil):
     model = trained_looking(Net(plain_pair))
     spoil(model)
@@ -235,9 +247,9 @@ def test_a_compiled_model_is_left_as_it_is():
 
 
 def test_predictions_under_folding_are_those_without():
-    model = trained_looking(build_model(
-        "resnet20", channels=3, image_size=(32, 32), num_classes=10
-    ))
+    model = trained_looking(
+        build_model("resnet20", channels=3, image_size=(32, 32), num_classes=10)
+    )
     batches = [(torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))]
     plain = predict(model, batches)
     with folded(model):

@@ -78,8 +78,21 @@ def test_parameters_of_the_small_cnn():
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_the_small_cnn_is_bit_for_bit_the_one_that_rectifies_before_it_pools(norm):
     model = build("small-cnn", 1, (28, 28), norm=norm)
-    names = ("conv1", "bn1", "relu1", "pool1", "conv2", "bn2", "relu2", "pool2", "flatten", "fc1",
-             "bn3", "relu3", "fc2")
+    names = (
+        "conv1",
+        "bn1",
+        "relu1",
+        "pool1",
+        "conv2",
+        "bn2",
+        "relu2",
+        "pool2",
+        "flatten",
+        "fc1",
+        "bn3",
+        "relu3",
+        "fc2",
+    )
     usual = nn.Sequential(OrderedDict((name, _layer(model, name)) for name in names))
     x = torch.randn(16, 1, 28, 28).round(decimals=1)  # ties, too
     y = torch.arange(16) % 10

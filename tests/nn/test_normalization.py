@@ -34,8 +34,12 @@ def random_layer(cls, channels=5, **options):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    n=st.integers(1, 20), size=st.integers(1, 22), space=st.sampled_from([(), (3,), (2, 3)]),
-    channels_last=st.booleans(), affine=st.booleans(), tracked=st.booleans(),
+    n=st.integers(1, 20),
+    size=st.integers(1, 22),
+    space=st.sampled_from([(), (3,), (2, 3)]),
+    channels_last=st.booleans(),
+    affine=st.booleans(),
+    tracked=st.booleans(),
 )
 def test_ghost_batches_are_torch_on_the_parts(n, size, space, channels_last, affine, tracked):
     cls = nn.BatchNorm2d if len(space) == 2 else nn.BatchNorm1d
@@ -104,7 +108,8 @@ def test_a_part_of_one_value_is_refused_with_a_way_out():
 def network():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3))
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3)
+    )
     for layer in (model[1], model[4]):
         nn.init.uniform_(layer.weight, 0.5, 2)
         nn.init.normal_(layer.running_mean)
@@ -127,7 +132,8 @@ def test_frozen_layers_are_affine_functions_in_both_modes(tracked):
             if m is model and tracker:
                 tracker.update()
             results.append(
-                [output, *torch.autograd.grad(output.pow(2).sum(), [leaf, *m.parameters()])])
+                [output, *torch.autograd.grad(output.pow(2).sum(), [leaf, *m.parameters()])]
+            )
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
     if tracker:
@@ -150,11 +156,14 @@ def test_freezing_with_given_statistics(first):
     layers = {"1": 4, "4": 3}
     given_ones = Statistics(
         {k: torch.full((c,), 0.25) for k, c in layers.items()},
-        {k: torch.full((c,), 4.0) for k, c in layers.items()}, dict.fromkeys(layers, 7))
+        {k: torch.full((c,), 4.0) for k, c in layers.items()},
+        dict.fromkeys(layers, 7),
+    )
     freeze_batchnorm(model, given_ones)
     x = torch.randn(6, 4, 3, 3)
     expected = F.batch_norm(
-        x, given_ones.mean["1"], given_ones.var["1"], model[1].weight, model[1].bias)
+        x, given_ones.mean["1"], given_ones.var["1"], model[1].weight, model[1].bias
+    )
     assert torch.equal(model[1].train()(x), expected)
     tracker.update()
     tracker.close()

@@ -61,9 +61,7 @@ def snapshot(model: nn.Module) -> dict:
         "state": {name: t.clone() for name, t in model.state_dict().items()},
         "training": [m.training for m in model.modules()],
         "attributes": [sorted(vars(m)) for m in model.modules()],
-        "hooks": [
-            (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
-        ],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
         "rng": torch.random.get_rng_state(),
         "numpy": np.random.get_state()[1].copy(),
         "modes": (

@@ -19,7 +19,9 @@ def statistics(**layers) -> Statistics:
 
 def test_by_hand():
     a = statistics(near=([1.0, 2.0], [1.0, 1.0]), far=([0.0, 6.0], [4.0, 1.0]))
-    b = statistics(near=([1.0, 2.0], [1.0, 2.0]), far=([0.0, 0.0], [3.0, 3.0]), other=([0.], [1.]))
+    b = statistics(
+        near=([1.0, 2.0], [1.0, 2.0]), far=([0.0, 0.0], [3.0, 3.0]), other=([0.0], [1.0])
+    )
     first, second = layer_drift(a, b, eps=1.0)
     assert (first.name, second.name) == ("far", "near")
     assert first.channels == 2

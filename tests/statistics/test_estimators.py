@@ -44,8 +44,10 @@ def run_average(rule, batches, start):
 
 @settings(deadline=None)
 @given(
-    steps=st.integers(0, 30), decay=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9]),
-    seed=st.integers(0, 999), all_seen=st.booleans(),
+    steps=st.integers(0, 30),
+    decay=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9]),
+    seed=st.integers(0, 999),
+    all_seen=st.booleans(),
 )
 def test_averages_follow_their_definitions(steps, decay, seed, all_seen):
     random = np.random.default_rng(seed)
@@ -90,7 +92,8 @@ def last_batches(rule, t):
 @given(
     sizes=st.lists(st.integers(2, 9), min_size=1, max_size=90),
     window=st.sampled_from([None, 1, 2, 5, 31, 32, 33, 40, 50, 64, 79]),
-    offset=st.sampled_from([0.0, 1000.0, 1e6]), seed=st.integers(0, 999),
+    offset=st.sampled_from([0.0, 1000.0, 1e6]),
+    seed=st.integers(0, 999),
 )
 def test_pooled_is_numpy_over_all_values_of_the_last_batches(sizes, window, offset, seed):
     rule = Pooled(window)
@@ -101,9 +104,13 @@ def test_pooled_is_numpy_over_all_values_of_the_last_batches(sizes, window, offs
     for t, batch in enumerate(batches):
         moments = np.stack([batch.mean(0), batch.var(0, ddof=1)])
         pool_window_(
-            blocks, torch.full((2,), t), rule.block_length,
-            torch.full((2,), float(len(batch)), dtype=torch.float64), torch.from_numpy(moments))
-        values = np.concatenate(batches[: t + 1][-last_batches(rule, t + 1):])
+            blocks,
+            torch.full((2,), t),
+            rule.block_length,
+            torch.full((2,), float(len(batch)), dtype=torch.float64),
+            torch.from_numpy(moments),
+        )
+        values = np.concatenate(batches[: t + 1][-last_batches(rule, t + 1) :])
         mean, var = pooled_value(blocks, otherwise).numpy()
         np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
         np.testing.assert_allclose(var, values.var(0, ddof=1), rtol=1e-7 if offset > 1e5 else 1e-9)
@@ -121,9 +128,13 @@ def test_pooled_channels_keep_their_own_place_in_the_ring():
         seen = random.random(2) < 0.5
         batch = random.normal(size=(4, 2))
         pool_window_(
-            blocks, turn, rule.block_length, torch.full((2,), 4.0, dtype=torch.float64),
+            blocks,
+            turn,
+            rule.block_length,
+            torch.full((2,), 4.0, dtype=torch.float64),
             torch.from_numpy(np.stack([batch.mean(0), batch.var(0, ddof=1)])),
-            torch.from_numpy(seen))
+            torch.from_numpy(seen),
+        )
         turn += torch.from_numpy(seen)
         otherwise = torch.full((2, 2), 7.0, dtype=torch.float64)
         value = pooled_value(blocks, otherwise).numpy()

@@ -16,6 +16,7 @@ def test_all_wait_for_all():
                 log.append(("arrives", number, round_))
                 answer = lockstep.wait(number * 10 + round_)
                 log.append(("goes on", number, answer))
+
         return run
 
     def decide(items):
@@ -24,9 +25,18 @@ def test_all_wait_for_all():
 
     lockstep.run((job(n, 2 if n else 1) for n in range(3)), decide)
     assert log == [
-        ("arrives", 0, 0), ("arrives", 1, 0), ("arrives", 2, 0), ("all", 0, 10, 20),
-        ("goes on", 0, 30), ("goes on", 1, 30), ("arrives", 1, 1), ("goes on", 2, 30),
-        ("arrives", 2, 1), ("all", FINISHED, 11, 21), ("goes on", 1, 32), ("goes on", 2, 32),
+        ("arrives", 0, 0),
+        ("arrives", 1, 0),
+        ("arrives", 2, 0),
+        ("all", 0, 10, 20),
+        ("goes on", 0, 30),
+        ("goes on", 1, 30),
+        ("arrives", 1, 1),
+        ("goes on", 2, 30),
+        ("arrives", 2, 1),
+        ("all", FINISHED, 11, 21),
+        ("goes on", 1, 32),
+        ("goes on", 2, 32),
     ]
 
 
@@ -60,6 +70,7 @@ def test_an_exception_ends_everything(where):
                 lockstep.wait(number)
             finally:
                 unwound.append(number)
+
         return run
 
     def jobs():
@@ -102,5 +113,8 @@ def test_the_store_uses_freed_room_again(tmp_path, monkeypatch):
 
 def test_sizes_for_people():
     assert [format_bytes(n) for n in (5, 2048, 150 * 2**20, 3.5 * 2**30)] == [
-        "5 B", "2.0 KiB", "150 MiB", "3.5 GiB"
+        "5 B",
+        "2.0 KiB",
+        "150 MiB",
+        "3.5 GiB",
     ]

@@ -19,8 +19,10 @@ from bnexp.statistics import batchnorm_layers, recompute_statistics
 
 
 def torchvision_model(name: str, size: int = 64, **options):
-    return lambda: (getattr(torchvision.models, name)(weights=None, num_classes=4, **options),
-                    torch.randn(24, 3, size, size))
+    return lambda: (
+        getattr(torchvision.models, name)(weights=None, num_classes=4, **options),
+        torch.randn(24, 3, size, size),
+    )
 
 
 class Branches(nn.Module):
@@ -91,8 +93,13 @@ class SubclassedForwards(nn.Module):
     class Direct(nn.BatchNorm1d):
         def forward(self, x):
             return nn.functional.batch_norm(
-                x - 3, self.running_mean, self.running_var, self.weight, bias=self.bias,
-                training=self.training, eps=self.eps,
+                x - 3,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                bias=self.bias,
+                training=self.training,
+                eps=self.eps,
             ).tanh()
 
     def __init__(self):
@@ -268,15 +275,22 @@ class ThreadState(nn.Module):
         assert torch.overrides._len_torch_function_stack() == 0
         with self.context():
             x = self.linear(self.a(x))
-            inside = (torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(),
-                      torch.is_inference_mode_enabled(),
-                      torch.overrides._len_torch_function_stack() == 1)
+            inside = (
+                torch.is_autocast_enabled("cpu"),
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                torch.overrides._len_torch_function_stack() == 1,
+            )
             x = self.b(x.float())
-            assert inside == tuple(self.kind == k for k in ("autocast", "grad", "inference",
-                                                            "mode"))
-            assert inside == (torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(),
-                              torch.is_inference_mode_enabled(),
-                              torch.overrides._len_torch_function_stack() == 1)
+            assert inside == tuple(
+                self.kind == k for k in ("autocast", "grad", "inference", "mode")
+            )
+            assert inside == (
+                torch.is_autocast_enabled("cpu"),
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                torch.overrides._len_torch_function_stack() == 1,
+            )
         assert not torch.is_autocast_enabled("cpu")
         return x
 
@@ -339,8 +353,11 @@ class Paths(nn.Module):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("b", "batch number 2 .* BN layer 'b' where batch 0 goes on to BN layer 'c'"),
-     ("", "batch number 2 .* the end"), ("cc", "the end|BN layer 'c'")],
+    [
+        ("b", "batch number 2 .* BN layer 'b' where batch 0 goes on to BN layer 'c'"),
+        ("", "batch number 2 .* the end"),
+        ("cc", "the end|BN layer 'c'"),
+    ],
 )
 def test_paths_that_depend_on_data(path, message):
     model = Paths(lambda x: "a" + (path if x.max() > 50 else "c"))

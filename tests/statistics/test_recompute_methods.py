@@ -23,9 +23,17 @@ from bnexp.statistics import METHODS, batch_statistics, recompute_statistics
 def network(dtype=torch.float64) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5),
-        nn.Conv2d(4, 3, 3), bnexp.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5),
-        nn.BatchNorm1d(5), nn.Linear(5, 2),
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(4, 3, 3),
+        bnexp.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, 5),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 2),
     ).to(dtype)
 
 
@@ -206,7 +214,9 @@ def test_nothing_runs_behind_the_last_layer_that_counts(method):
 def test_progress(method):
     told = []
     recompute_statistics(
-        network(), list(inputs().split(10)), method,
+        network(),
+        list(inputs().split(10)),
+        method,
         progress=lambda done, total: told.append((done, total)),
     )
     total = 5 if method != "exact" else 15
@@ -216,7 +226,10 @@ def test_progress(method):
     unreached = nn.ModuleList([network()[:2], nn.BatchNorm2d(1)])
     with pytest.warns(UserWarning, match="no batch reached BN layer 1"):
         recompute_statistics(
-            unreached, list(inputs().split(10)), method, forward=lambda m, x: m[0](x),
+            unreached,
+            list(inputs().split(10)),
+            method,
+            forward=lambda m, x: m[0](x),
             progress=lambda done, total: told.append((done, total)),
         )
     assert told[-1][0] == told[-1][1]
@@ -279,6 +292,8 @@ def test_batch_statistics_after_an_exception(error):
 
 
 def test_batch_statistics_of_one_value_per_channel():
-    with pytest.raises(UserError, match=r"'0': this mini-batch has 1 value"), \
-            batch_statistics(nn.Sequential(nn.BatchNorm1d(2))) as model:
+    with (
+        pytest.raises(UserError, match=r"'0': this mini-batch has 1 value"),
+        batch_statistics(nn.Sequential(nn.BatchNorm1d(2))) as model,
+    ):
         model(torch.ones(1, 2))

@@ -15,7 +15,10 @@ from bnexp.statistics import Statistics, batchnorm_layers, running_statistics
 def model_with(**options) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **options), nn.Flatten(), nn.Linear(16, 5),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, **options),
+        nn.Flatten(),
+        nn.Linear(16, 5),
         bnexp.BatchNorm1d(5, **options),
     )
 
@@ -36,8 +39,14 @@ def buffers(model: nn.Module) -> dict:
 
 def test_layers_of_torch_and_ours_shared_ones_once():
     shared = nn.BatchNorm1d(2)
-    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(bnexp.BatchNorm3d(3), shared),
-                           "c": nn.InstanceNorm1d(2), "d": nn.SyncBatchNorm(2)})
+    model = nn.ModuleDict(
+        {
+            "a": shared,
+            "b": nn.Sequential(bnexp.BatchNorm3d(3), shared),
+            "c": nn.InstanceNorm1d(2),
+            "d": nn.SyncBatchNorm(2),
+        }
+    )
     assert list(batchnorm_layers(model)) == ["a", "b.0", "d"]
 
 
@@ -123,15 +132,23 @@ def test_applied_to_restores_bit_for_bit(error):
         assert error
     statistics = some()
     expected = torch.nn.functional.batch_norm(
-        model[0](x), statistics.mean["1"].float(), statistics.var["1"].float(),
-        model[1].weight, model[1].bias, False, 0.0, 1e-5,
+        model[0](x),
+        statistics.mean["1"].float(),
+        statistics.var["1"].float(),
+        model[1].weight,
+        model[1].bias,
+        False,
+        0.0,
+        1e-5,
     )
     assert torch.equal(inside, expected)
     assert model[1].running_mean is view
     for name, tensor in before.items():
         now = model.state_dict()[name]
-        assert torch.equal(tensor.view(torch.uint8) if tensor.dim() else tensor,
-                           now.view(torch.uint8) if now.dim() else now), name
+        assert torch.equal(
+            tensor.view(torch.uint8) if tensor.dim() else tensor,
+            now.view(torch.uint8) if now.dim() else now,
+        ), name
 
 
 def test_layers_without_running_statistics():
@@ -195,8 +212,22 @@ class Exploit:
         return (os.mkdir, (os.environ["BNEXP_TEST_EXPLOIT"],))
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "truncated", "flipped", "text",
-                                  "foreign", "version", "shapes", "pickle", "exploit"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing",
+        "folder",
+        "empty",
+        "truncated",
+        "flipped",
+        "text",
+        "foreign",
+        "version",
+        "shapes",
+        "pickle",
+        "exploit",
+    ],
+)
 def test_load_refuses_what_is_not_statistics(tmp_path, monkeypatch, kind):
     path, trap = tmp_path / "a.pt", tmp_path / "trap"
     monkeypatch.setenv("BNEXP_TEST_EXPLOIT", str(trap))

@@ -21,16 +21,27 @@ from bnexp.statistics.statistics import Statistics, running_statistics
 from bnexp.statistics.tracker import StatisticsTracker
 
 ALL = {
-    "ema": Ema(0.9), "slow": Ema(0.99), "debiased": Ema(0.99, debias=True), "mean": Cumulative(),
-    "pooled": Pooled(), "window": Pooled(2),
+    "ema": Ema(0.9),
+    "slow": Ema(0.99),
+    "debiased": Ema(0.99, debias=True),
+    "mean": Cumulative(),
+    "pooled": Pooled(),
+    "window": Pooled(2),
 }
 
 
 def network(norm=nn.BatchNorm2d, **options):
     torch.manual_seed(1)
     return nn.Sequential(
-        nn.Conv2d(3, 5, 3), norm(5, **options), nn.ReLU(), nn.Conv2d(5, 4, 3), norm(4, **options),
-        nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6, **options))
+        nn.Conv2d(3, 5, 3),
+        norm(5, **options),
+        nn.ReLU(),
+        nn.Conv2d(5, 4, 3),
+        norm(4, **options),
+        nn.Flatten(),
+        nn.Linear(64, 6),
+        nn.BatchNorm1d(6, **options),
+    )
 
 
 def batches(n, seed=0, size=6):
@@ -47,9 +58,14 @@ class Oracle:
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 self.values[name] = []
                 layer.register_forward_pre_hook(
-                    lambda layer, args, name=name: self.values[name].append(
-                        args[0].detach().double().transpose(0, 1).flatten(1).numpy().copy())
-                    if layer.training else None)
+                    lambda layer, args, name=name: (
+                        self.values[name].append(
+                            args[0].detach().double().transpose(0, 1).flatten(1).numpy().copy()
+                        )
+                        if layer.training
+                        else None
+                    )
+                )
 
     def check(self, statistics: dict[str, Statistics], rtol=1e-5):
         for name, inputs in self.values.items():
@@ -57,7 +73,8 @@ class Oracle:
             var = np.array([x.var(1, ddof=1) for x in inputs])
             expected = {
                 "mean": (mean.mean(0), var.mean(0)),
-                "pooled": _pooled(inputs), "window": _pooled(inputs[-2:]),
+                "pooled": _pooled(inputs),
+                "window": _pooled(inputs[-2:]),
                 "debiased": (_ema(mean, 0.99), _ema(var, 0.99)),
                 "ema": (_ema(mean, 0.9, 0.0), _ema(var, 0.9, 1.0)),
                 "slow": (_ema(mean, 0.99, 0.0), _ema(var, 0.99, 1.0)),
@@ -67,7 +84,8 @@ class Oracle:
                     (result.mean[name], result.var[name]), expected[estimator], strict=True
                 ):
                     np.testing.assert_allclose(
-                        got.double(), want, rtol=rtol, atol=1e-5, err_msg=f"{estimator} {name}")
+                        got.double(), want, rtol=rtol, atol=1e-5, err_msg=f"{estimator} {name}"
+                    )
                 assert result.count[name] == len(inputs)
 
 
@@ -105,7 +123,8 @@ def test_offsets_cost_no_digits_over_many_steps():
     """1000 ± 0.1: an average kept in float32 would stand still at a decay of 0.9999."""
     layer = nn.BatchNorm1d(1, dtype=torch.float64)
     tracker = StatisticsTracker(
-        layer.float(), {"slow": Ema(0.9999, debias=True), "mean": Cumulative(), "pool": Pooled()})
+        layer.float(), {"slow": Ema(0.9999, debias=True), "mean": Cumulative(), "pool": Pooled()}
+    )
     means = []
     for i in range(3000):
         x = torch.tensor([[1000.0 + i / 3000], [1000.25 + i / 3000]])
@@ -199,7 +218,8 @@ def test_one_layer_compiled_and_its_neighbour_not():
             m(x).square().sum().backward()
         tracker.update()
     torch.testing.assert_close(
-        dict(model.named_buffers()), dict(reference.named_buffers()), rtol=1e-4, atol=1e-5)
+        dict(model.named_buffers()), dict(reference.named_buffers()), rtol=1e-4, atol=1e-5
+    )
 
 
 class Branches(nn.Module):
@@ -236,7 +256,8 @@ def test_each_layer_counts_for_itself(first):
         assert reference.bns[i].num_batches_tracked == len(oracle.values[f"bns.{i}"])
     oracle.check(tracker.statistics())
     assert [b.num_batches_tracked for b in model.bns] == [
-        b.num_batches_tracked for b in reference.bns]
+        b.num_batches_tracked for b in reference.bns
+    ]
     if first == "ema":
         model.bns[1].eval(), reference.bns[1].eval()
         x = torch.randn(4, 2)
@@ -283,7 +304,8 @@ def test_empty_batches_count_nothing():
 
 def test_layers_without_running_statistics_and_models_without_layers():
     model = nn.Sequential(
-        nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 3))
+        nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 3)
+    )
     tracker = StatisticsTracker(model, ALL)
     model(torch.randn(4, 3))
     tracker.update()
@@ -307,7 +329,9 @@ def test_names_shared_layers_and_compiled_models():
 def test_wrong_use_is_refused_and_changes_nothing():
     model = network()
     for estimators, message in [
-        ({}, "at least one"), ({"a": 0.9}, "'a' is 0.9"), ({"a": Ema}, "'a' is"),
+        ({}, "at least one"),
+        ({"a": 0.9}, "'a' is 0.9"),
+        ({"a": Ema}, "'a' is"),
     ]:
         with pytest.raises(UserError, match=message):
             StatisticsTracker(model, estimators)
@@ -419,7 +443,8 @@ def test_states_of_other_trackers_are_refused():
             tracker.load_state_dict(state)
     with pytest.raises(UserError, match="other layers: '0': 3, here '1': 5"):
         tracker.load_state_dict(
-            StatisticsTracker(nn.Sequential(nn.BatchNorm1d(3)), ALL).state_dict())
+            StatisticsTracker(nn.Sequential(nn.BatchNorm1d(3)), ALL).state_dict()
+        )
     damaged = tracker.state_dict()
     del damaged["mass"]
     with pytest.raises(UserError, match="'mass' does not fit"):
@@ -545,5 +570,6 @@ def test_not_a_number_reaches_the_estimators_as_in_torch():
         model(x), reference(x)
         tracker.update()
     torch.testing.assert_close(
-        dict(model.named_buffers()), dict(reference.named_buffers()), equal_nan=True)
+        dict(model.named_buffers()), dict(reference.named_buffers()), equal_nan=True
+    )
     assert not model.running_mean[0].isnan()

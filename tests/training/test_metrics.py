@@ -30,8 +30,12 @@ def test_decay_zero_is_the_batch_accuracy():
 
 def make_log(path, capacity=5):
     return StepLog(
-        CsvLog(path, STEP_COLUMNS), EmaAccuracy(0.5), batch_size=8, steps_per_epoch=3,
-        capacity=capacity, device=torch.device("cpu"),
+        CsvLog(path, STEP_COLUMNS),
+        EmaAccuracy(0.5),
+        batch_size=8,
+        steps_per_epoch=3,
+        capacity=capacity,
+        device=torch.device("cpu"),
     )
 
 

@@ -102,9 +102,13 @@ def test_a_plateau_survives_its_state_dict():
     assert restored.observe(schedule, 300, 0.5) is True
 
 
-@pytest.mark.parametrize("config", [SgdConfig(name="sgd", lr=0.1, weight_decay=0.5, momentum=0.0,
-                                              nesterov=False),
-                                    AdamWConfig(name="adamw", lr=0.1, weight_decay=0.5)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SgdConfig(name="sgd", lr=0.1, weight_decay=0.5, momentum=0.0, nesterov=False),
+        AdamWConfig(name="adamw", lr=0.1, weight_decay=0.5),
+    ],
+)
 def test_weight_decay_spares_bn_parameters_and_biases(config):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
