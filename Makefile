@@ -16,8 +16,8 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 lint: .venv/installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check bnexp tests benchmarks docs
+	$(BIN)/ruff format --check bnexp tests benchmarks docs
 
 figures: .venv/installed-dev
 	$(BIN)/python docs/figures/make.py

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from bnexp.errors import UserError
+from bnexp.memory_size import parse_memory
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -126,8 +127,9 @@ class RecomputeConfig(Section):
     samples: Annotated[int, Field(ge=2)] | None = 10_000
     """How many training images they are computed over; null takes all."""
     batch_size: Annotated[int, Field(ge=2)] | None = None
-    """Images per forward pass: the mini-batch of `pooled` and `batch-mean` (default: the
-    training batch size), a matter of speed alone for `exact` (default: at most 100)."""
+    """Images per forward pass: the mini-batch of `pooled` and `batch-mean` (default:
+    normalization_batch, else the training batch size), a matter of speed alone for `exact`
+    (default: 100)."""
     augment: bool = True
     """Augment the images as training does, so that the only difference to the running
     statistics is how they are averaged."""
@@ -137,11 +139,8 @@ class RecomputeConfig(Section):
     @field_validator("memory")
     @classmethod
     def _amount(cls, memory: str | None) -> str | None:
-        if memory is None or re.fullmatch(r"[\d.]+\s*[KMGT]?i?B?", memory, re.IGNORECASE):
-            return memory
-        share = re.fullmatch(r"([\d.]+)\s*%", memory)
-        if not share or not 0 < float(share[1]) <= 100:
-            raise ValueError(f"{memory!r} is no amount of memory; write 2GiB, or 50% of the free")
+        if memory is not None:
+            parse_memory(memory)
         return memory
 
 
@@ -175,9 +174,11 @@ class StatisticsConfig(Section):
 class SgdConfig(Section):
     name: Literal["sgd"]
     lr: Annotated[float, Field(gt=0.0)] = 0.1
+    """Learning rate; the schedule starts from it or rises to it."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """The optimizer's own momentum, the share of the previous step that is kept."""
     nesterov: bool = True
+    """Nesterov's form of momentum."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Not applied to BN parameters and biases."""
 
@@ -191,7 +192,9 @@ class SgdConfig(Section):
 class AdamWConfig(Section):
     name: Literal["adamw"]
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Learning rate; the schedule starts from it or rises to it."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decays of the moving averages of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Not applied to BN parameters and biases."""
 
@@ -213,6 +216,7 @@ class StepSchedule(ScheduleSection):
     milestones: list[Fraction]
     """Where the learning rate is multiplied by gamma, as shares of the run: [0.5, 0.75]."""
     gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """What the learning rate is multiplied by at each milestone."""
 
 
 class CosineSchedule(ScheduleSection):
@@ -251,6 +255,7 @@ ScheduleConfig = Annotated[
 
 class EarlyStoppingConfig(Section):
     metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
+    """What must improve, on the validation images."""
     patience: PositiveInt = 5
     """Evaluations in a row without improvement after which the run ends."""
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
@@ -285,7 +290,9 @@ class SwaConfig(Section):
 
 class AveragesConfig(Section):
     ema: EmaWeightsConfig | None = None
+    """An exponential moving average of the parameters."""
     swa: SwaConfig | None = None
+    """Stochastic weight averaging: the mean of the parameters at regular steps."""
 
 
 class TrainingConfig(Section):
@@ -294,16 +301,21 @@ class TrainingConfig(Section):
     steps: PositiveInt | None = None
     """Mini-batches to train on. Say epochs or steps."""
     batch_size: PositiveInt = 128
+    """Images per mini-batch; the last, short one of an epoch is left out."""
     optimizer: OptimizerConfig = SgdConfig(name="sgd")
+    """sgd or adamw."""
     schedule: ScheduleConfig = CosineSchedule(name="cosine")
+    """The learning rate by step: constant, step, cosine, one-cycle or plateau."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the target spread evenly over all classes, in training alone."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """bfloat16 and float16 run the forward pass under autocast; float16 scales gradients."""
     ema_accuracy_decay: Decay = 0.98
     """Decay of the moving average of training accuracy: 0.98 looks back about 50 steps."""
     check_every: PositiveInt = 100
-    """Steps between looks at the numbers: divergence, plateaus and early stopping."""
+    """Steps between looks at the numbers: divergence, collapse and plateaus."""
     early_stopping: EarlyStoppingConfig | None = None
+    """End the run when validation stops improving; needs data.val_fraction and test.every."""
     averages: AveragesConfig = AveragesConfig()
 
     @field_validator("optimizer", mode="before")
@@ -345,7 +357,9 @@ class TestConfig(Section):
 
 class CheckpointsConfig(Section):
     every_steps: PositiveInt | None = None
+    """Steps between checkpoints."""
     every_seconds: Annotated[float, Field(gt=0)] | None = 60.0
+    """Seconds between checkpoints; whichever is due first counts."""
     keep: PositiveInt = 2
     """How many of the newest are kept; the best is kept besides."""
 
@@ -354,6 +368,7 @@ class PerformanceConfig(Section):
     allocator: bool = True
     """Tell glibc to keep freed memory (no effect elsewhere)."""
     channels_last: bool = True
+    """Keep the channels of a pixel together in memory."""
     compile: bool = False
     """torch.compile the training step's model."""
     fold_batchnorm: bool = True

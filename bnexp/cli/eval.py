@@ -24,7 +24,7 @@ def evaluate(
         typer.Option(help=f"How to recompute: {', '.join(METHODS)}; may be given several times."),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Training images to recompute from.")
+        int | None, typer.Option(min=2, help="Training images to recompute from.")
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help=f"Which weights: {', '.join(WEIGHTS)}.")

@@ -14,12 +14,11 @@ from bnexp.evaluation.comparison import Comparison, compare
 from bnexp.evaluation.predictions import Predictions, evaluate, layer_costs
 from bnexp.evaluation.verdict import config_labels
 from bnexp.statistics import Statistics, batchnorm_layers, layer_drift, recompute_statistics
+from bnexp.statistics.progress import Progress
 
 EXACT_CHUNK = 100
 NO_BATCHNORM = "none"
 LAYER_COST_SAMPLES = 2000
-
-Progress = bool | Callable[[int, int | None], None]
 
 
 def recompute_population(

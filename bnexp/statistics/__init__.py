@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from .drift import LayerDrift, layer_drift
-from .estimators import Cumulative, Ema, Pooled
-from .layers import batchnorm_layers
-from .moments import Moments, moments
-from .recompute import (
+from bnexp.statistics.drift import LayerDrift, layer_drift
+from bnexp.statistics.estimators import Cumulative, Ema, Pooled
+from bnexp.statistics.exact import MemoryEstimate
+from bnexp.statistics.layers import batchnorm_layers
+from bnexp.statistics.moments import Moments, moments
+from bnexp.statistics.recompute import (
     METHODS,
-    MemoryEstimate,
     batch_statistics,
     estimate_memory,
     recompute_statistics,
 )
-from .statistics import Statistics, running_statistics
-from .tracker import StatisticsTracker
+from bnexp.statistics.statistics import Statistics, running_statistics
+from bnexp.statistics.tracker import StatisticsTracker
 
 __all__ = [
     "METHODS",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .statistics import Statistics
+from bnexp.errors import UserError
+from bnexp.statistics.statistics import Statistics
 
 
 @dataclass(frozen=True)

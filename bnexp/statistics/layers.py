@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UserError
+from bnexp.errors import UserError
 
 # (name of the layer, input, weight, bias, eps) -> normalized input
 Normalize = Callable[[str, Tensor, Tensor | None, Tensor | None, float], Tensor]
@@ -68,7 +68,7 @@ def normalized_by(layers: dict[str, nn.Module], normalize: Normalize) -> Iterato
     inference mode, and only its call of `F.batch_norm` is answered; a subclass that makes no
     such call raises UserError, rather than being guessed at.
     """
-    from ..nn.batchnorm import _BatchNorm as _OurBatchNorm
+    from bnexp.nn.batchnorm import _BatchNorm as _OurBatchNorm
 
     plain = (_BatchNorm.forward, SyncBatchNorm.forward, _OurBatchNorm.forward)
     saved = []

@@ -16,8 +16,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import overrides
 
-from ..errors import UserError
-from .memory import Owner, Ownership
+from bnexp.errors import UserError
+from bnexp.statistics.memory import Owner, Ownership
 
 FINISHED = object()
 STOP = object()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 import tempfile
 import weakref
@@ -15,20 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import UserError
-
-_UNITS = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
-}
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:([KMGT]I?)?B?)\s*", re.IGNORECASE)
+from bnexp.memory_size import parse_memory
 
 
 def memory_bound(memory: int | float | str | None, device: torch.device) -> int:
@@ -38,28 +24,8 @@ def memory_bound(memory: int | float | str | None, device: torch.device) -> int:
     bytes. A float in (0, 1], or a string such as "30%": that share of what is free.
     Raises UserError for anything else.
     """
-    share, size = None, None
-    if memory is None:
-        share = 0.5
-    elif isinstance(memory, float):
-        share = memory
-    elif isinstance(memory, int) and not isinstance(memory, bool):
-        size = memory
-    elif isinstance(memory, str):
-        percent = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", memory)
-        match = _SIZE.fullmatch(memory)
-        if percent:
-            share = float(percent[1]) / 100
-        elif match:
-            size = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
-    if share is not None and 0 < share <= 1:
-        return int(share * free_memory(device))
-    if size is not None and size > 0:
-        return size
-    raise UserError(
-        f"memory={memory!r} is not an amount of memory: write '2GiB', a number of bytes, "
-        "'50%' or a share between 0 and 1"
-    )
+    amount = 0.5 if memory is None else parse_memory(memory)
+    return int(amount * free_memory(device)) if isinstance(amount, float) else amount
 
 
 def free_memory(device: torch.device) -> int:
@@ -93,15 +59,6 @@ def _free_in_cgroup() -> int:
         return 2**63 if limit == "max" else max(0, int(limit) - used)
     except (OSError, ValueError):
         return 2**63
-
-
-def format_bytes(size: float) -> str:
-    """`size` bytes for people: "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
 
 
 class Owner:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .layers import batchnorm_layers, settle
+from bnexp.errors import UserError
+from bnexp.statistics.layers import batchnorm_layers, settle
 
 _FORMAT = "bnexp.Statistics"
 _VERSION = 1

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from bnexp.memory_size import format_bytes
 from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep
-from bnexp.statistics.memory import Store, format_bytes
+from bnexp.statistics.memory import Store
 
 
 def test_all_wait_for_all():
