@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import gzip
 import os
 import statistics
@@ -22,14 +21,10 @@ import time
 import warnings
 from pathlib import Path
 
-if sys.platform == "linux" and "--plain-malloc" not in sys.argv:
-    # glibc gives big blocks back to the system at once; every activation would fault its pages
-    # in again. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, before the first allocation.
-    try:
-        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)
-        ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)
-    except OSError:
-        pass
+from bnexp.performance import keep_freed_memory
+
+if "--plain-malloc" not in sys.argv:
+    keep_freed_memory()
 
 import numpy as np
 import torch

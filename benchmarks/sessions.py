@@ -12,7 +12,7 @@ from bnexp.config import resolve
 from bnexp.data import catalogue, files
 from bnexp.performance import allow_tf32
 from bnexp.runs import Run, create_run
-from bnexp.training.loop import _Logs, _Trainer
+from bnexp.training.loop import Logs, Trainer
 from bnexp.training.session import Session
 
 clock = time.perf_counter
@@ -35,7 +35,6 @@ def make_session(
 ) -> Session:
     """A session on random images, in training mode; two estimators besides the running one."""
     name, size, channels = DATA[model]
-    catalogue._ARRAYS[name] = lambda root: random_arrays(size, channels, train, test)
     tree = {
         "name": "benchmark",
         "device": str(device),
@@ -56,7 +55,9 @@ def make_session(
         "checkpoints": {"every_seconds": None},
         "performance": performance,
     }
-    session = Session(resolve(tree, [], "benchmark"), device)
+    config = resolve(tree, [], "benchmark")
+    arrays = random_arrays(size, channels, train, test)
+    session = Session(config, device, catalogue.data_of(arrays, config.data, device, seed=0))
     allow_tf32(session.config.performance.tf32)
     session.model.train()
     return session
@@ -100,8 +101,8 @@ class Loop:
         session = self.session
         watch = Stopwatch(session.device, session.step + warm, session.step + warm + steps)
         session.total_steps = session.step + warm + steps
-        with _Logs(self.run, session.step) as logs:
-            _Trainer(self.run, session, watch, logs).train(False)
+        with Logs(self.run, session.step) as logs:
+            Trainer(self.run, session, watch, logs).train(False)
         return watch.seconds
 
 

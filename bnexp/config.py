@@ -10,6 +10,7 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -619,3 +620,22 @@ def _momentum_advice(key: str, value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
         advice += f", so for PyTorch's momentum {value:g} write decay: {round(1 - value, 12):g}"
     return f"{key}: statistics have no momentum here; {advice}"
+
+
+# --------------------------------------------------------------------------------- dotted keys
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def within(key: str, sections: Iterable[str]) -> bool:
+    """Whether the dotted `key` is one of `sections` or lies in one."""
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)

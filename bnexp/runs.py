@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,22 +38,6 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 STEP_COLUMNS = ("step", "epoch", "lr", "loss", "accuracy", "ema_accuracy")
 EVAL_COLUMNS = ("step", "split", "statistics", "accuracy", "loss", "samples", "seconds")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file at `path` by `content`, so that a reader sees the old or the new, whole."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _to_json(value: dict) -> str:

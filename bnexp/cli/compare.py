@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bnexp.report.data import RunData
+    from bnexp.report.run_data import RunData
     from bnexp.report.several import SeedGroup
 
 CURVE_COLUMNS = 6
@@ -21,7 +21,7 @@ def compare(
 ) -> None:
     """Set runs side by side."""
     from bnexp.errors import UserError
-    from bnexp.report.data import RunData
+    from bnexp.report.run_data import RunData
     from bnexp.report.several import config_differences, seed_groups
     from bnexp.runs import find_run
 

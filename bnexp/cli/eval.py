@@ -102,7 +102,7 @@ def _load(run, session, weights: str):
     session.averages[weights].load_state_dict(state["averages"][weights])
     if not session.averages[weights].count:
         raise UserError(f"{run.path} has not averaged any {weights} weights yet")
-    return session.averages[weights].model_with_average(session.model)
+    return session.averaged_model(weights)
 
 
 def _compare(session, model, recompute_stats, methods, samples, batch, show_progress):

@@ -48,8 +48,8 @@ def report(
         print(path)
         return
 
-    from bnexp.report.data import RunData
     from bnexp.report.figures import save_plots
+    from bnexp.report.run_data import RunData
 
     for run in found:
         folder = output or run.path / "figures"

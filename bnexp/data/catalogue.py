@@ -14,7 +14,7 @@ from bnexp.config import AugmentConfig, DataConfig
 from bnexp.data import files, sampling
 from bnexp.data.folder import Listing, list_folder, size_of
 from bnexp.data.memory import InMemorySplit
-from bnexp.data.normalization import Normalization, pixel_mean_and_std
+from bnexp.data.pixels import Normalization, pixel_mean_and_std
 from bnexp.data.split import Data, DataInfo, Split
 from bnexp.data.stream import ImageFiles, StreamedSplit
 from bnexp.errors import UserError
@@ -47,7 +47,7 @@ _ARRAYS: dict[str, Callable[[Path | None], files.Arrays]] = {
     "kmnist": lambda root: files.load_idx(files.KMNIST, root),
     "cifar10": lambda root: files.load_cifar("cifar10", root),
     "cifar100": lambda root: files.load_cifar("cifar100", root),
-    "svhn": lambda root: files.load_svhn("svhn", root),
+    "svhn": lambda root: files.load_svhn(root),
 }
 DATA_SETS = (*_ARRAYS, "image-folder")
 
@@ -68,7 +68,11 @@ def load_data(config: DataConfig, device: torch.device, seed: int) -> Data:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(DATA_SETS)}"
         raise UserError(f"data.name: no data set is called {config.name!r}; {hint}")
 
-    arrays = _ARRAYS[config.name](config.root)
+    return data_of(_ARRAYS[config.name](config.root), config, device, seed)
+
+
+def data_of(arrays: files.Arrays, config: DataConfig, device: torch.device, seed: int) -> Data:
+    """What `load_data` makes of the images and labels once they are read."""
     train, val, test = _choose(arrays.train_labels, arrays.test_labels, config, seed)
     train_images = torch.from_numpy(arrays.train_images[train])
     info = _info(config, train_images, arrays.classes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from bnexp.config import AugmentConfig
 from bnexp.data import sampling
 from bnexp.data.augmentation import shift_and_flip
-from bnexp.data.normalization import Normalization
+from bnexp.data.pixels import Normalization
 
 
 class InMemorySplit:

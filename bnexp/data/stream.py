@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from bnexp.config import AugmentConfig
 from bnexp.data import sampling
 from bnexp.data.augmentation import shift_and_flip
-from bnexp.data.normalization import Normalization
+from bnexp.data.pixels import Normalization
 from bnexp.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnexp.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnexp.nn.convert import convert_batchnorm, restore_batchnorm
-from bnexp.nn.normalization import (
+from bnexp.nn.modes import (
     freeze_batchnorm,
     set_normalization_batch,
     unfreeze_batchnorm,

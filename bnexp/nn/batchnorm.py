@@ -7,7 +7,7 @@ Untouched, a layer does exactly what its parent class does. Beyond that, in trai
 * `normalization_batch` makes it normalize over consecutive sub-batches (ghost batches);
 * `frozen` makes it normalize with its running buffers, as in inference, and update nothing.
 
-The last two are set on whole models by `bnexp.nn.normalization`.
+The last two are set on whole models by `bnexp.nn.modes`.
 """
 
 from __future__ import annotations

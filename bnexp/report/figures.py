@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bnexp.evaluation.verdict import count, percent, signed
-from bnexp.report.data import RunData
+from bnexp.report.curves import envelope, thin
 from bnexp.report.drawing import (
     COLOUR,
     CYCLE,
@@ -27,7 +27,7 @@ from bnexp.report.drawing import (
     end_of,
     save,
 )
-from bnexp.report.sampling import envelope, thin
+from bnexp.report.run_data import RunData
 
 TABLE_BINS = 60
 MAX_LAYERS = 30

@@ -12,13 +12,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
 from bnexp.evaluation import verdict as words
-from bnexp.report.data import RunData
 from bnexp.report.drawing import PALETTE, Plot, to_svg
 from bnexp.report.figures import run_plots, runs_accuracy
+from bnexp.report.run_data import RunData
 from bnexp.report.several import SeedGroup, config_differences, seed_groups
-from bnexp.runs import Run, write_atomically
+from bnexp.runs import Run
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bnexp.report.data import RunData
+from bnexp.config import dotted, within
+from bnexp.report.run_data import RunData
 
 if TYPE_CHECKING:
     from bnexp.evaluation.comparison import SeedSummary
@@ -37,7 +38,7 @@ class SeedGroup:
 
 def config_differences(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
     """Dotted config keys whose values differ, each with every run's value; None where absent."""
-    flats = [_flat(run.config) for run in runs]
+    flats = [dotted(run.config) for run in runs]
     keys = list(dict.fromkeys(key for flat in flats for key in flat))
     rows = [(key, [flat.get(key) for flat in flats]) for key in keys if key != "name"]
     return [(key, values) for key, values in rows if any(v != values[0] for v in values)]
@@ -80,17 +81,5 @@ def _summarize(runs: list[RunData]) -> list[SeedSummary]:
 
 def _experiment(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted(
-        (key, value)
-        for key, value in _flat(config).items()
-        if not any(f"{key}.".startswith(f"{other}.") for other in NOT_THE_EXPERIMENT)
+        (key, value) for key, value in dotted(config).items() if not within(key, NOT_THE_EXPERIMENT)
     )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
 from bnexp.statistics.layers import batchnorm_layers, settle
 
@@ -139,15 +140,9 @@ class Statistics:
             "var": {name: t.detach().cpu() for name, t in self.var.items()},
             "count": {name: int(n) for name, n in self.count.items()},
         }
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        serialized = io.BytesIO()  # torch.save into a file hides the OSError of a full disk
+        torch.save(content, serialized)
+        write_atomically(path, serialized.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Statistics:

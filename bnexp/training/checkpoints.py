@@ -6,18 +6,17 @@ torch does not verify them when it reads; `load_checkpoint` does.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import pickle
 import shutil
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
 
 import torch
 
+from bnexp.atomic import replacing
 from bnexp.errors import UserError
 
 FORMAT = 1
@@ -34,12 +33,10 @@ def save_checkpoint(folder: Path, state: dict, keep: int, best: bool) -> Path:
     path = folder / f"step-{state['step']:09d}.pt"
     serialized = io.BytesIO()  # torch.save into a file hides the OSError of a full disk
     torch.save({"format": FORMAT, **state}, serialized)
-    with _published(path) as temporary, open(temporary, "wb") as file:
-        file.write(serialized.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as temporary:
+        temporary.write_bytes(serialized.getbuffer())
     if best:
-        with _published(folder / "best.pt") as temporary:
+        with replacing(folder / "best.pt") as temporary:
             temporary.unlink()
             try:
                 os.link(path, temporary)
@@ -48,30 +45,6 @@ def save_checkpoint(folder: Path, state: dict, keep: int, best: bool) -> Path:
     for old in step_checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
-
-
-@contextlib.contextmanager
-def _published(path: Path):
-    """A temporary path that becomes `path` when the block ends well, and vanishes otherwise."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove_torn(folder: Path) -> None:

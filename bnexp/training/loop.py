@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import signal
 import time
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bnexp.config import CheckpointsConfig
-from bnexp.errors import Interrupted, RunFailed, UserError
+from bnexp.errors import Interrupted, RunFailed
 from bnexp.evaluation.assessment import (
     Assessment,
     assess,
@@ -27,7 +26,7 @@ from bnexp.training.checkpoints import load_checkpoint, save_checkpoint
 from bnexp.training.display import Display
 from bnexp.training.metrics import StepLog
 from bnexp.training.optimization import learning_rate
-from bnexp.training.session import Session, averaged_model
+from bnexp.training.session import Session
 
 # The EMA accuracy has collapsed when it once was this far above chance, and has now been
 # this close to it for so many checks in a row.
@@ -49,8 +48,8 @@ def train(run: Run, session: Session, display: Display) -> Outcome:
     Continues from `session.step`. Raises RunFailed when the loss is not finite or the accuracy
     collapses, and Interrupted after a first SIGINT or SIGTERM, with a checkpoint written.
     """
-    with _Logs(run, session.step) as logs, _Interruption() as interruption:
-        trainer = _Trainer(run, session, display, logs)
+    with Logs(run, session.step) as logs, _Interruption() as interruption:
+        trainer = Trainer(run, session, display, logs)
         if session.step < session.total_steps and not session.stopped:
             trainer.train(interruption)
         interruption.at_once()
@@ -88,7 +87,7 @@ class _Interruption:
         return self.requested
 
 
-class _Logs:
+class Logs:
     """The two CSV files of a run, continued after `step`."""
 
     def __init__(self, run: Run, step: int) -> None:
@@ -100,7 +99,7 @@ class _Logs:
         self.evals.close()
         self.evals = CsvLog(self._run.path / "evals.csv", EVAL_COLUMNS, last_step=step - 1)
 
-    def __enter__(self) -> _Logs:
+    def __enter__(self) -> Logs:
         return self
 
     def sync(self) -> None:
@@ -112,8 +111,8 @@ class _Logs:
         self.evals.close()
 
 
-class _Trainer:
-    def __init__(self, run: Run, session: Session, display: Display, logs: _Logs) -> None:
+class Trainer:
+    def __init__(self, run: Run, session: Session, display: Display, logs: Logs) -> None:
         self.run = run
         self.session = session
         self.config = session.config
@@ -227,8 +226,8 @@ class _Trainer:
         session.best_ema_accuracy = max(session.best_ema_accuracy, ema)
         learned = session.best_ema_accuracy > chance + LEARNED * (1 - chance)
         at_chance = ema < chance + COLLAPSED * (1 - chance)
-        session.steps_at_chance = session.steps_at_chance + 1 if learned and at_chance else 0
-        if session.steps_at_chance >= COLLAPSED_CHECKS:
+        session.checks_at_chance = session.checks_at_chance + 1 if learned and at_chance else 0
+        if session.checks_at_chance >= COLLAPSED_CHECKS:
             raise RunFailed(
                 f"collapsed: by step {step} the EMA training accuracy has long been at chance "
                 f"({ema:.1%}) after {session.best_ema_accuracy:.1%} (learning rate {lr:.3g}); "
@@ -248,28 +247,25 @@ class _Trainer:
 
     def _assess(self, final: bool) -> tuple[Assessment, float | None]:
         """Evaluate under all kinds, write the rows, and say by what the best is chosen."""
-        with self.session.autocast():
-            return self._assess_all(final)
-
-    def _assess_all(self, final: bool) -> tuple[Assessment, float | None]:
         session, config = self.session, self.config
-        data, test = session.data, config.test
-        kinds = self._kinds(final)
-        found = assess(session.model, data.test, config, kinds)
-        rows = found.rows(session.step, "test")
-        baseline = next(iter(kinds))
-        only_baseline = {baseline: kinds[baseline]}
-        metric = found.predictions[baseline].accuracy
-        if test.train_accuracy:
-            on_train = assess(session.model, data.train, config, only_baseline)
-            rows += on_train.rows(session.step, "train")
-        if data.val is not None:
-            on_val = assess(session.model, data.val, config, only_baseline)
-            rows += on_val.rows(session.step, "val")
-            on_val = on_val.predictions[baseline]
-            stopping = config.training.early_stopping
-            by_loss = stopping and stopping.metric == "val_loss"
-            metric = -on_val.mean_loss if by_loss else on_val.accuracy
+        data, model = session.data, session.model
+        with session.autocast():
+            kinds = self._kinds(final)
+            baseline = next(iter(kinds))
+            only_baseline = {baseline: kinds[baseline]}
+            found = assess(model, data.test, config, kinds)
+            rows = found.rows(session.step, "test")
+            metric = found.predictions[baseline].accuracy
+            if config.test.train_accuracy:
+                on_train = assess(model, data.train, config, only_baseline)
+                rows += on_train.rows(session.step, "train")
+            if data.val is not None:
+                on_val = assess(model, data.val, config, only_baseline)
+                rows += on_val.rows(session.step, "val")
+                on_val = on_val.predictions[baseline]
+                stopping = config.training.early_stopping
+                by_loss = stopping and stopping.metric == "val_loss"
+                metric = -on_val.mean_loss if by_loss else on_val.accuracy
         self.logs.evals.append(rows)
         self.display.test_accuracy(found.predictions[baseline].accuracy, session.step)
         if self.events:
@@ -330,7 +326,7 @@ class _Trainer:
         averaged = Assessment()
         for name, average in session.averages.items():
             if average.count:
-                averaged = merge(averaged, assess_average(session, name))
+                averaged = merge(averaged, self._assess_average(name))
             else:
                 self.display.line(f"no {name} weights were averaged: the run ended too early")
         stopping = config.training.early_stopping
@@ -353,16 +349,17 @@ class _Trainer:
             self.events.close()
         return Outcome(comparison, weights, session.stopped)
 
-
-def assess_average(session: Session, name: str) -> Assessment:
-    """Averaged weights with recomputed statistics and, to show why, with the trained model's."""
-    model = averaged_model(session, name)
-    data, config = session.data, session.config
-    with session.autocast():
-        kinds = kinds_to_assess(model, data, config, session.estimates(), ["recomputed"])
-        if session.has_batchnorm:
-            kinds = {kind: kinds[kind] for kind in ("recomputed", "running")}
-        return assess(model, data.test, config, kinds, prefix=f"{name}/")
+    def _assess_average(self, name: str) -> Assessment:
+        """Averaged weights with recomputed statistics and, to show why, the trained model's."""
+        session = self.session
+        model = session.averaged_model(name)
+        with session.autocast():
+            kinds = kinds_to_assess(
+                model, session.data, self.config, session.estimates(), ["recomputed"]
+            )
+            if session.has_batchnorm:
+                kinds = {kind: kinds[kind] for kind in ("recomputed", "running")}
+            return assess(model, session.data.test, self.config, kinds, prefix=f"{name}/")
 
 
 class _CheckpointClock:
@@ -385,24 +382,3 @@ def _all_finite(model: torch.nn.Module) -> bool:
     """Whether every parameter is finite. Waits for the device once."""
     totals = torch.stack([p.detach().float().abs().sum() for p in model.parameters()])
     return bool(torch.isfinite(totals).all())
-
-
-def check_batch(session: Session) -> None:
-    """UserError if one training batch gives a BN layer a single value per channel."""
-    size = session.config.training.batch_size
-    if not session.has_batchnorm or size > 1:
-        return
-    x, _ = next(session.data.train.training_batches(size, start_step=0))
-    state = torch.get_rng_state()
-    try:
-        with torch.no_grad():
-            copy.deepcopy(session.model).train()(x)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            f"training.batch_size is {size}: a BN layer of {session.config.model.name} sees one "
-            "value per channel, which has no variance; take at least 2"
-        ) from None
-    finally:
-        torch.set_rng_state(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from functools import cached_property
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from bnexp.config import Config, CumulativeConfig, EmaConfig
 from bnexp.data import load_data
+from bnexp.data.split import Data
 from bnexp.errors import UserError
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
 from bnexp.nn.models import build_model
@@ -43,14 +45,24 @@ class Session:
     """Data, model, optimizer, estimators and averages of one training, built from its config.
 
     Seeds torch's global generator, from which the initial weights and dropout draw. Everything
-    that changes with a step is in `state_dict`.
+    that changes with a step is in `state_dict`. `data` takes the place of what the config names.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    _COUNTERS = (
+        "step",
+        "best_metric",
+        "best_step",
+        "best_ema_accuracy",
+        "checks_at_chance",
+        "evaluations_without_improvement",
+        "stopped",
+    )
+
+    def __init__(self, config: Config, device: torch.device, data: Data | None = None) -> None:
         training = config.training
         self.config = config
         self.device = device
-        self.data = load_data(config.data, device, config.seed)
+        self.data = data or load_data(config.data, device, config.seed)
         if training.early_stopping and self.data.val is None:
             raise UserError(
                 "training.early_stopping needs validation images: set data.val_fraction"
@@ -90,19 +102,9 @@ class Session:
         self.best_metric: float | None = None
         self.best_step = 0
         self.best_ema_accuracy = 0.0
-        self.steps_at_chance = 0
+        self.checks_at_chance = 0
         self.evaluations_without_improvement = 0
         self.stopped: str | None = None
-
-    _COUNTERS = (
-        "step",
-        "best_metric",
-        "best_step",
-        "best_ema_accuracy",
-        "steps_at_chance",
-        "evaluations_without_improvement",
-        "stopped",
-    )
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -129,6 +131,30 @@ class Session:
         if precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, precision))
+
+    def averaged_model(self, weights: str) -> nn.Module:
+        """A copy of the model that has the averaged weights `ema` or `swa`."""
+        return self.averages[weights].model_with_average(self.model)
+
+    def check_batch(self) -> None:
+        """UserError if one training batch gives a BN layer a single value per channel."""
+        size = self.config.training.batch_size
+        if not self.has_batchnorm or size > 1:
+            return
+        x, _ = next(self.data.train.training_batches(size))
+        state = torch.get_rng_state()
+        try:
+            with torch.no_grad():
+                copy.deepcopy(self.model).train()(x)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"training.batch_size is {size}: a BN layer of {self.config.model.name} sees one "
+                "value per channel, which has no variance; take at least 2"
+            ) from None
+        finally:
+            torch.set_rng_state(state)
 
     def state_dict(self) -> dict:
         rng = {"cpu": torch.get_rng_state()}
@@ -189,8 +215,3 @@ class Session:
 def _contiguous(model: nn.Module, inputs: tuple) -> tuple:
     """With the strides of a contiguous tensor, also where a single channel leaves a choice."""
     return tuple(x.flatten().view(x.shape) for x in inputs)
-
-
-def averaged_model(session: Session, weights: str) -> nn.Module:
-    """A copy of the session's model that has the averaged weights `ema` or `swa`."""
-    return session.averages[weights].model_with_average(session.model)

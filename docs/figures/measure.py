@@ -12,7 +12,7 @@ from bnexp.config import load_config
 from bnexp.evaluation.assessment import recompute_population
 from bnexp.evaluation.comparison import compare
 from bnexp.evaluation.predictions import evaluate
-from bnexp.report.data import RunData
+from bnexp.report.run_data import RunData
 from bnexp.runs import Run
 from bnexp.statistics import (
     Statistics,
@@ -21,7 +21,7 @@ from bnexp.statistics import (
     recompute_statistics,
 )
 from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint, step_checkpoints
-from bnexp.training.session import Session, averaged_model
+from bnexp.training.session import Session
 
 DECAYS = (0.9, 0.99, 0.999)
 PERCENTILES = (15, 50, 85)
@@ -125,7 +125,7 @@ def averaged_weights(folder: Path, every: int = 200) -> dict:
             average.load_state_dict(state["averages"][name])
             if average.count == 0:
                 continue
-            model = averaged_model(session, name)
+            model = session.averaged_model(name)
             fresh = recompute_population(model, session.data, config)
             kinds[f"{name}/stale"] = (model, stale["running"])
             kinds[f"{name}/recomputed"] = (model, fresh)

@@ -366,14 +366,14 @@ def test_svhn(tmp_path, monkeypatch):
         written[split] = images.transpose(3, 0, 1, 2), labels[:, 0] % 10
         listed[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", listed)
-    arrays = files.load_svhn("svhn", tmp_path)
+    arrays = files.load_svhn(tmp_path)
     for split in "train", "test":
         np.testing.assert_array_equal(getattr(arrays, f"{split}_images"), written[split][0])
         np.testing.assert_array_equal(getattr(arrays, f"{split}_labels"), written[split][1])
     path = tmp_path / "svhn" / "test_32x32.mat"
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(UserError, match=r"test_32x32.mat is truncated or corrupt"):
-        files.load_svhn("svhn", tmp_path)
+        files.load_svhn(tmp_path)
 
 
 @pytest.mark.parametrize("failure", ["timeout", "checksum"])
@@ -395,7 +395,7 @@ def test_a_failing_download_is_one_line(tmp_path, monkeypatch, failure):
     monkeypatch.setattr(utilities, "_urlretrieve", retrieve)
     for load in (
         lambda: files.load_idx(files.MNIST, tmp_path),
-        lambda: files.load_svhn("svhn", tmp_path),
+        lambda: files.load_svhn(tmp_path),
     ):
         with pytest.raises(UserError, match=reason) as error:
             load()

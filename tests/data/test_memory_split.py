@@ -11,7 +11,7 @@ import torch
 
 from bnexp.config import AugmentConfig
 from bnexp.data.memory import InMemorySplit
-from bnexp.data.normalization import Normalization
+from bnexp.data.pixels import Normalization
 
 CPU = torch.device("cpu")
 IDENTITY = ((0.0,) * 3, (1 / 255,) * 3)  # normalization that gives back the pixel values

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
-from bnexp.data.normalization import Normalization, pixel_mean_and_std
+from bnexp.data.pixels import Normalization, pixel_mean_and_std
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from bnexp.config import AugmentConfig
 from bnexp.data.memory import InMemorySplit
-from bnexp.data.normalization import Normalization
+from bnexp.data.pixels import Normalization
 from bnexp.data.stream import ImageFiles, StreamedSplit, decode
 from bnexp.errors import UserError
 

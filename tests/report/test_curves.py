@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnexp.report.sampling import envelope, thin
+from bnexp.report.curves import envelope, thin
 
 CURVES = st.lists(
     st.floats(-1e6, 1e6) | st.sampled_from([np.nan, np.inf, -np.inf]), min_size=0, max_size=400

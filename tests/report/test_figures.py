@@ -11,9 +11,9 @@ import pytest
 from example import LAYERS, make_run
 
 from bnexp.report import write_results_png
-from bnexp.report.data import RunData
 from bnexp.report.drawing import COLOUR, Panel, Plot, build, to_svg
 from bnexp.report.figures import run_plots, runs_accuracy, save_plots
+from bnexp.report.run_data import RunData
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from example import CLASSES, make_run
 
 from bnexp.errors import UserError
-from bnexp.report.data import RunData
 from bnexp.report.page import render, write_report
+from bnexp.report.run_data import RunData
 from bnexp.report.several import config_differences, seed_groups
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -1,0 +1,58 @@
+"""Where and how a run was made, for environment.json."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+
+
+def describe_environment(seed: int, device: str) -> dict:
+    """The content of a new run's environment.json."""
+    return {
+        "created": _now(),
+        "command": _command(),
+        "seed": seed,
+        "device": device,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {
+            package: _version(package)
+            for package in ("bnexp", "torch", "torchvision", "numpy", "greenlet", "scipy")
+        },
+        "resumes": [],
+    }
+
+
+def describe_resume(step: int, changes: dict) -> dict:
+    """An entry of `resumes` in environment.json: when, from which step, with what changed."""
+    return {"time": _now(), "step": step, "command": _command(), "changes": changes}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def _command() -> str:
+    return shlex.join(["bnexp", *sys.argv[1:]])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
