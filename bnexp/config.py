@@ -122,8 +122,12 @@ EstimatorConfig = Annotated[
 ]
 
 
+RecomputeMethod = Literal["exact", "pooled", "batch-mean"]
+RECOMPUTE_METHODS = typing.get_args(RecomputeMethod)
+
+
 class RecomputeConfig(Section):
-    method: Literal["exact", "pooled", "batch-mean"] = "exact"
+    method: RecomputeMethod = "exact"
     """How population statistics are recomputed; see docs/statistics.md."""
     samples: Annotated[int, Field(ge=2)] | None = 10_000
     """How many training images they are computed over; null takes all."""

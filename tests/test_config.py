@@ -85,6 +85,10 @@ def test_epochs_given_by_override_replace_steps(config_file):
         ("training.early_stopping={}", ["test.every"]),
         ("test.statistics=[batch]", ["running"]),
         ("device=gpu", ["'gpu' is no device", "cuda"]),
+        *(
+            (f"statistics.recompute.memory={text}", ["statistics.recompute.memory", "2GiB"])
+            for text in ("0GiB", "1.2.3GiB", "2iB", "'.'", "200%", "much")
+        ),
         ("seed=-1", ["seed", "greater than or equal to 0"]),
         ("training.steps", ["is no override", "key=value"]),
         ("data.name.x=1", ["data.name is 'digits', not a section"]),

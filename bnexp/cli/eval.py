@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-METHODS = ("exact", "pooled", "batch-mean")
+if TYPE_CHECKING:
+    from bnexp.config import Config
+    from bnexp.runs import Run
+
 WEIGHTS = ("last", "best", "ema", "swa")
 
 
@@ -21,7 +24,9 @@ def evaluate(
     ] = False,
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"How to recompute: {', '.join(METHODS)}; may be given several times."),
+        typer.Option(
+            help="How to recompute: exact, pooled, batch-mean; may be repeated."
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=2, help="Training images to recompute from.")
@@ -36,18 +41,19 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Evaluate a run under each kind of BN statistics."""
+    from bnexp.config import RECOMPUTE_METHODS
     from bnexp.errors import UserError
     from bnexp.runs import find_run, newest_finished_run
 
     methods = list(dict.fromkeys(method or []))
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise UserError(f"--method {unknown[0]}: allowed are {', '.join(METHODS)}")
+    if unknown := [m for m in methods if m not in RECOMPUTE_METHODS]:
+        raise UserError(f"--method {unknown[0]}: allowed are {', '.join(RECOMPUTE_METHODS)}")
     if (methods or samples) and not recompute_stats:
         raise UserError("--method and --samples say how to recompute: add --recompute-stats")
     if weights is not None and weights not in WEIGHTS:
         raise UserError(f"--weights {weights}: allowed are {', '.join(WEIGHTS)}")
     found = find_run(run) if run is not None else newest_finished_run()
-    config = found.load_config()
+    config = _with(found, methods[0] if len(methods) == 1 else None, samples)
     if config.performance.allocator:
         from bnexp.performance import keep_freed_memory
 
@@ -68,7 +74,7 @@ def evaluate(
             f"on {describe_device(resolved)}",
             file=sys.stderr,
         )
-    comparison = _compare(session, model, recompute_stats, methods, samples, batch, not as_json)
+    comparison = _compare(session, model, recompute_stats, methods, batch, not as_json)
     if as_json:
         head = {"run": str(found.path), "step": session.step, "weights": weights}
         print(json.dumps({**head, **comparison.to_dict()}, indent=2, allow_nan=False))
@@ -76,6 +82,16 @@ def evaluate(
         from bnexp.cli.tables import print_comparison
 
         print_comparison(comparison, layers=5)
+
+
+def _with(run: Run, method: str | None, samples: int | None) -> Config:
+    """The run's config, recomputing as asked for."""
+    from bnexp.config import resolve
+
+    asked = {"method": method, "samples": samples}
+    overrides = [f"statistics.recompute.{k}={v}" for k, v in asked.items() if v is not None]
+    tree = run.load_config().model_dump(mode="json")
+    return resolve(tree, overrides, f"{run.path}/config.yaml")
 
 
 def _load(run, session, weights: str):
@@ -105,7 +121,7 @@ def _load(run, session, weights: str):
     return session.averaged_model(weights)
 
 
-def _compare(session, model, recompute_stats, methods, samples, batch, show_progress):
+def _compare(session, model, recompute_stats, methods, batch, show_progress):
     from bnexp.evaluation.assessment import assess, compare_assessment, kinds_to_assess
 
     wanted = ["recomputed"] * recompute_stats + ["batch"] * batch
@@ -118,7 +134,6 @@ def _compare(session, model, recompute_stats, methods, samples, batch, show_prog
             session.estimates(),
             wanted,
             methods,
-            samples,
             progress=show_progress and sys.stderr.isatty(),
         )
         found = assess(model, data.test, config, kinds)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from bnexp.evaluation.kinds import compared_kind
 from bnexp.evaluation.verdict import p_value
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def print_comparison(comparison: Comparison, layers: int = 0) -> None:
     console = output()
     console.print(f"\n[bold]{comparison.verdict}[/bold]\n", soft_wrap=not console.is_terminal)
     _print_kinds(console, comparison)
-    if layers and (kind := _recomputed(comparison)):
+    if layers and (kind := compared_kind(comparison.layers)):
         _print_drift(console, kind, comparison.layers[kind][:layers], comparison.baseline)
     console.print()
 
@@ -84,11 +85,6 @@ def _cells(kind: KindResult) -> list[str]:
         f"{paired.changed}",
         p_value(paired.p_holm).removeprefix("p = ").removeprefix("p "),
     ]
-
-
-def _recomputed(comparison: Comparison) -> str | None:
-    kinds = [kind for kind in comparison.layers if kind.partition("/")[0] == "recomputed"]
-    return kinds[0] if kinds else next(iter(comparison.layers), None)
 
 
 def _print_drift(console: Console, kind: str, rows: list[dict], baseline: str) -> None:

@@ -11,13 +11,12 @@ from torch import nn
 from bnexp.config import Config
 from bnexp.data import Data, Split
 from bnexp.evaluation.comparison import Comparison, compare
+from bnexp.evaluation.kinds import NO_BATCHNORM, config_labels, is_recomputed
 from bnexp.evaluation.predictions import Predictions, evaluate, layer_costs
-from bnexp.evaluation.verdict import config_labels
 from bnexp.statistics import Statistics, batchnorm_layers, layer_drift, recompute_statistics
 from bnexp.statistics.progress import Progress
 
 EXACT_CHUNK = 100
-NO_BATCHNORM = "none"
 LAYER_COST_SAMPLES = 2000
 
 
@@ -26,17 +25,16 @@ def recompute_population(
     data: Data,
     config: Config,
     method: str | None = None,
-    samples: int | None = None,
     progress: Progress = False,
 ) -> Statistics:
     """Population statistics over training images as the config's `statistics.recompute` says.
 
-    `method` and `samples` replace the config's where given. The images are the first `samples` of
-    a fixed permutation; the model is untouched.
+    `method` replaces the config's where given. The images are the first `samples` of a fixed
+    permutation; the model is untouched.
     """
     settings = config.statistics.recompute
     method = method or settings.method
-    samples = min(samples or settings.samples or len(data.train), len(data.train))
+    samples = min(settings.samples or len(data.train), len(data.train))
     batch_size = settings.batch_size
     if batch_size is None:
         mini_batch = config.statistics.normalization_batch or config.training.batch_size
@@ -119,7 +117,6 @@ def kinds_to_assess(
     estimated: Mapping[str, Statistics],
     wanted: Sequence[str],
     methods: Sequence[str] = (),
-    samples: int | None = None,
     progress: Progress = False,
 ) -> dict[str, Statistics | Callable[[], Statistics] | None]:
     """What `assess` is to try: the online estimates, then `recomputed` and `batch` if wanted.
@@ -135,7 +132,7 @@ def kinds_to_assess(
         for method in methods:
             name = "recomputed" if len(methods) == 1 else f"recomputed/{method}"
             kinds[name] = lambda method=method: recompute_population(
-                model, data, config, method, samples, progress
+                model, data, config, method, progress
             )
     if "batch" in wanted:
         kinds["batch"] = None
@@ -164,10 +161,11 @@ def compare_assessment(
     layers = {}
     for kind in others:
         statistics = assessment.statistics[kind]
-        if statistics is None or "/" in kind.removeprefix("recomputed/"):
+        of_averaged_weights = "/" in kind and not is_recomputed(kind)
+        if statistics is None or of_averaged_weights:
             continue
         drift = [asdict(row) for row in layer_drift(reference, statistics, config.model.eps)]
-        if kind == "recomputed" or kind.startswith("recomputed/"):
+        if is_recomputed(kind):
             costs = layer_costs(
                 model,
                 lambda: data.test.batches(batch_size, samples=LAYER_COST_SAMPLES),

@@ -27,13 +27,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import optimize, stats
 
 from bnexp.errors import UserError
+from bnexp.evaluation.kinds import default_label
 
 if TYPE_CHECKING:
     from bnexp.evaluation.predictions import Predictions
@@ -192,25 +193,6 @@ class Comparison:
         """Lists, strings, numbers and None only; no NaN."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> Comparison:
-        """The inverse of `to_dict`, also after JSON; keys it does not know are ignored."""
-        kinds = []
-        for row in tree["kinds"]:
-            paired = row["versus_baseline"]
-            if paired is not None:
-                paired = Paired(**_tuples(paired))
-            kinds.append(KindResult(**{**_tuples(row), "versus_baseline": paired}))
-        known = {f.name: tree[f.name] for f in fields(cls) if f.name in tree}
-        return cls(**{**known, "kinds": kinds})
-
-
-def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    def is_interval(key: str, value: Any) -> bool:
-        return key.endswith("_interval") and value is not None
-
-    return {key: tuple(v) if is_interval(key, v) else v for key, v in row.items()}
-
 
 # ------------------------------------------------------------------------ comparing
 
@@ -233,7 +215,7 @@ def compare(
 
     Raises UserError where the kinds were not evaluated on the same samples.
     """
-    from bnexp.evaluation.verdict import default_label, remarks, verdict
+    from bnexp.evaluation.verdict import remarks, verdict
 
     if baseline not in predictions:
         raise UserError(f"the baseline {baseline!r} is not among {', '.join(predictions)}")
@@ -266,7 +248,7 @@ def compare(
         kinds=kinds,
         layers={name: [dict(row) for row in rows] for name, rows in (layers or {}).items()},
     )
-    return Comparison(**{**vars(result), "verdict": verdict(result), "remarks": remarks(result)})
+    return replace(result, verdict=verdict(result), remarks=remarks(result))
 
 
 def _kind(

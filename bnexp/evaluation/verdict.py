@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bnexp.evaluation.kinds import compared_kind
 
 if TYPE_CHECKING:
     from bnexp.evaluation.comparison import Comparison, Interval, KindResult, Paired
@@ -13,44 +14,6 @@ SIGNIFICANT = 0.05
 # Two kinds are said to agree only where the whole 95 % interval of their difference is closer to
 # zero than this; a wide interval around zero is no agreement but a lack of evidence.
 AGREEMENT = 0.01
-
-
-def default_label(kind: str) -> str:
-    """The name of a kind of statistics in a sentence, in the plural."""
-    known = {
-        "running": "running averages",
-        "recomputed": "recomputed statistics",
-        "batch": "batch statistics",
-        "none": "no batch normalization",
-    }
-    if kind in known:
-        return known[kind]
-    if kind.startswith("recomputed/"):
-        return f"recomputed statistics ({kind.partition('/')[2]})"
-    return f"the {kind} statistics"
-
-
-def config_labels(config: Mapping[str, Any]) -> dict[str, str]:
-    """Names of a run's kinds of statistics that say how each was made, from the resolved config."""
-    statistics, test = config["statistics"], config["test"]
-    labels = {
-        "running": f"running averages (decay {statistics['decay']:g})",
-        "recomputed": f"recomputed statistics ({statistics['recompute']['method']})",
-        "batch": f"batch statistics (mini-batches of {test['batch_size']})",
-    }
-    for name, rule in statistics["estimators"].items():
-        if rule["rule"] == "ema":
-            made = f"decay {rule['decay']:g}{', debiased' if rule['debias'] else ''}"
-        elif rule["rule"] == "cumulative":
-            made = "cumulative average"
-        else:
-            made = f"pooled over {rule['window'] or 'all'} steps"
-        labels[name] = f"the {name} statistics ({made})"
-    for weights in ("ema", "swa"):
-        name = f"{weights.upper()} weights"
-        labels[f"{weights}/recomputed"] = f"{name} with recomputed statistics"
-        labels[f"{weights}/running"] = f"{name} with the trained model's running averages"
-    return labels
 
 
 def verdict(comparison: Comparison) -> str:
@@ -65,7 +28,7 @@ def verdict(comparison: Comparison) -> str:
             f"({interval_percent(base.accuracy_interval)}, {count(comparison.samples)} samples); "
             f"the model {why} to compare with."
         )
-    other = next((kind for kind in others if kind.name.startswith("recomputed")), others[0])
+    other = comparison[compared_kind(kind.name for kind in others)]
     return _sentence(comparison, base, other)
 
 

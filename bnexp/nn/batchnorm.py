@@ -47,14 +47,14 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class TrackedBatchNorm(nn.modules.batchnorm._BatchNorm):
     # Class attributes, so that a torch.nn layer becomes one of ours by its `__class__` alone.
     normalization_batch: int | None = None
     frozen: bool = False
-    _slot: MomentsSlot | None = None
+    slot: MomentsSlot | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        slot = self._slot
+        slot = self.slot
         if slot is None and self.normalization_batch is None and not self.frozen:
             return super().forward(input)
         if not self.training:
@@ -82,7 +82,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             return self._normalize(input, slot.mean.clone(), slot.var.clone())
         if slot.busy:
             slot.feed()
-            slot = self._slot  # a new one, if the layer has moved
+            slot = self.slot  # a new one, if the layer has moved
         output = self._normalize(input, slot.mean, slot.var)
         values = input.numel() // self.num_features
         if values:  # torch computes no moments of an empty batch
@@ -126,29 +126,32 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_var.lerp_(var, new_weight)
         return output
 
-    def _apply(self, fn: Any, recurse: bool = True) -> _BatchNorm:
+    def settle(self) -> None:
+        """Let the tracker, if any, take in the last mini-batch, so that buffers are up to date."""
+        if self.slot is not None and self.slot.busy:
+            self.slot.feed()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TrackedBatchNorm:
         super()._apply(fn, recurse)
-        if self._slot is not None:
-            self._slot.busy = True  # the buffers may have left the tracker's device or dtype
+        if self.slot is not None:
+            self.slot.busy = True  # the buffers may have left the tracker's device or dtype
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        if self._slot is not None:
-            self._slot.busy = True  # with assign=True the buffers are other tensors now
+        if self.slot is not None:
+            self.slot.busy = True  # with assign=True the buffers are other tensors now
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self._slot is not None and self._slot.busy:
-            self._slot.feed()
+        self.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: they are not tracked, and their buffers are their own."""
-        if self._slot is None:
+        if self.slot is None:
             return self.__dict__
-        if self._slot.busy:
-            self._slot.feed()
-        state = {name: value for name, value in self.__dict__.items() if name != "_slot"}
+        self.settle()
+        state = {name: value for name, value in self.__dict__.items() if name != "slot"}
         state["_buffers"] = {
             name: None if buffer is None else buffer.clone()
             for name, buffer in self._buffers.items()
@@ -170,15 +173,15 @@ _DOC = """`torch.nn.{parent}`: the same constructor, parameters, buffers, `state
     """
 
 
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+class BatchNorm1d(TrackedBatchNorm, nn.BatchNorm1d):
     __doc__ = _DOC.format(parent="BatchNorm1d", shape="(N, C) or (N, C, L)")
 
 
-class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(TrackedBatchNorm, nn.BatchNorm2d):
     __doc__ = _DOC.format(parent="BatchNorm2d", shape="(N, C, H, W)")
 
 
-class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(TrackedBatchNorm, nn.BatchNorm3d):
     __doc__ = _DOC.format(parent="BatchNorm3d", shape="(N, C, D, H, W)")
 
 

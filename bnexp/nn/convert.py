@@ -66,7 +66,7 @@ def restore_batchnorm(model: Model) -> Model:
     """
     theirs = {ours: parent for parent, ours in _OURS.items()}
     layers = [layer for layer in model.modules() if type(layer) in theirs]
-    if any(getattr(layer, "_slot", None) is not None for layer in layers):
+    if any(getattr(layer, "slot", None) is not None for layer in layers):
         raise UserError("a StatisticsTracker is attached to the model; close() it first")
     for layer in layers:
         for name in ("normalization_batch", "frozen"):

@@ -9,13 +9,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnexp.nn.batchnorm import _BatchNorm
+from bnexp.nn.batchnorm import TrackedBatchNorm
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
-_PLAIN_FORWARDS = (_TorchBatchNorm.forward, _BatchNorm.forward)
+_PLAIN_FORWARDS = (_BatchNorm.forward, TrackedBatchNorm.forward)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _pairs: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
 
@@ -67,7 +67,7 @@ def _foldable(model: nn.Module) -> list[Pair]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, _TorchBatchNorm) or super().is_leaf_module(module, name)
+        return isinstance(module, _BatchNorm) or super().is_leaf_module(module, name)
 
 
 def _find_pairs(model: nn.Module) -> list[Pair]:
@@ -101,9 +101,8 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
 
 @torch.no_grad()
 def _folded_parameters(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Parameter]:
-    slot = getattr(bn, "_slot", None)
-    if slot is not None and slot.busy:
-        slot.feed()
+    if isinstance(bn, TrackedBatchNorm):
+        bn.settle()
     kind = torch.float32 if conv.weight.device.type == "mps" else torch.float64
     scale = (bn.running_var.to(kind) + bn.eps).rsqrt()
     if bn.weight is not None:

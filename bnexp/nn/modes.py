@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnexp.errors import UserError
-from bnexp.nn.batchnorm import _BatchNorm
+from bnexp.nn.batchnorm import TrackedBatchNorm
 from bnexp.nn.convert import convert_batchnorm, unsupported_layers
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def freeze_batchnorm(model: Model, statistics: Statistics | None = None) -> Mode
 def unfreeze_batchnorm(model: Model) -> Model:
     """Undo `freeze_batchnorm`; the buffers keep their values. Mutates and returns `model`."""
     for layer in model.modules():
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, TrackedBatchNorm):
             layer.frozen = False
     return model
 
@@ -91,6 +91,4 @@ def _our_layers(model: nn.Module) -> dict[str, nn.Module]:
             "set up; use torch.nn.BatchNorm1d/2d/3d or subclass bnexp's layers"
         )
     convert_batchnorm(model)
-    return {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, _TorchBatchNorm)
-    }
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}

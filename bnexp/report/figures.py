@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from bnexp.evaluation.kinds import compared_kind, is_recomputed
 from bnexp.evaluation.verdict import count, percent, signed
 from bnexp.report.curves import envelope, thin
 from bnexp.report.drawing import (
@@ -186,7 +187,7 @@ def estimators(run: RunData) -> Plot | None:
     if not further:
         return None
     kinds = [k for k in run.kinds("test") if k == run.baseline or k in further]
-    recomputed = [k for k in run.kinds("test") if k.startswith("recomputed")][:1]
+    recomputed = [k for k in run.kinds("test") if is_recomputed(k)][:1]
     return _by_step(
         run,
         kinds + recomputed,
@@ -321,7 +322,7 @@ def final_comparison(run: RunData) -> Plot | None:
 def layer_drift(run: RunData) -> Plot | None:
     """How far each layer's statistics are from the recomputed ones, and what that costs."""
     layers = (run.comparison or {}).get("layers") or {}
-    kind = next((k for k in layers if k.startswith("recomputed")), next(iter(layers), None))
+    kind = compared_kind(layers)
     if kind is None or not layers[kind]:
         return None
     rows = layers[kind]
@@ -595,7 +596,7 @@ def _styles(kinds: Sequence[str]) -> dict[str, tuple[str, Any, str]]:
 
 
 def _main(kind: str) -> bool:
-    return kind in MAIN_KINDS or kind.startswith("recomputed/")
+    return kind in MAIN_KINDS or is_recomputed(kind)
 
 
 def _state(run: RunData) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
 from bnexp.evaluation import verdict as words
+from bnexp.evaluation.kinds import compared_kind
 from bnexp.report.drawing import PALETTE, Plot, to_svg
 from bnexp.report.figures import run_plots, runs_accuracy
 from bnexp.report.run_data import RunData
@@ -143,7 +144,7 @@ def _overview(runs: Sequence[RunData]) -> Overview:
 
 
 def _figure(plot: Plot, prefix: str) -> Figure:
-    plot = Plot(**{**vars(plot), "key": f"{prefix}-{plot.key}"})
+    plot = replace(plot, key=f"{prefix}-{plot.key}")
     return Figure(plot, Markup(to_svg(plot)), Markup(to_svg(plot, narrow=True)))
 
 
@@ -199,9 +200,8 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _compared_kind(comparison: Mapping[str, Any] | None) -> str:
-    others = [k["name"] for k in comparison["kinds"][1:]] if comparison else []
-    return next((name for name in others if name.startswith("recomputed")), (others or [""])[0])
+def _compared_kind(comparison: Mapping[str, Any] | None) -> str | None:
+    return compared_kind(k["name"] for k in comparison["kinds"][1:]) if comparison else None
 
 
 def _class_rows(comparison: Mapping[str, Any] | None) -> list[list[str]]:

@@ -29,7 +29,7 @@ class RunData:
 
     @classmethod
     def read(cls, run: Run) -> RunData:
-        from bnexp.evaluation.verdict import config_labels
+        from bnexp.evaluation.kinds import config_labels
 
         config = run.config
         return cls(

@@ -1,4 +1,7 @@
-"""Statistics of BN layers: what they are, estimated online, recomputed, compared."""
+"""Statistics of BN layers: what they are, estimated online, recomputed, compared.
+
+Stands on `bnexp.nn.batchnorm` and `bnexp.nn.convert`, and knows nothing of configs or runs.
+"""
 
 from __future__ import annotations
 

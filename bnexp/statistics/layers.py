@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from bnexp.errors import UserError
+from bnexp.nn.batchnorm import TrackedBatchNorm
 
 # (name of the layer, input, weight, bias, eps) -> normalized input
 Normalize = Callable[[str, Tensor, Tensor | None, Tensor | None, float], Tensor]
@@ -54,9 +55,8 @@ def batchnorm_layers(model: nn.Module) -> dict[str, nn.Module]:
 def settle(layers: Iterable[nn.Module]) -> None:
     """Let the trackers of bnexp's layers take in the last mini-batch, so buffers are up to date."""
     for layer in layers:
-        slot = getattr(layer, "_slot", None)
-        if slot is not None and slot.busy:
-            slot.feed()
+        if isinstance(layer, TrackedBatchNorm):
+            layer.settle()
 
 
 @contextlib.contextmanager
@@ -68,9 +68,7 @@ def normalized_by(layers: dict[str, nn.Module], normalize: Normalize) -> Iterato
     inference mode, and only its call of `F.batch_norm` is answered; a subclass that makes no
     such call raises UserError, rather than being guessed at.
     """
-    from bnexp.nn.batchnorm import _BatchNorm as _OurBatchNorm
-
-    plain = (_BatchNorm.forward, SyncBatchNorm.forward, _OurBatchNorm.forward)
+    plain = (_BatchNorm.forward, SyncBatchNorm.forward, TrackedBatchNorm.forward)
     saved = []
     try:
         for name, layer in layers.items():

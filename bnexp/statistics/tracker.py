@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.nn.batchnorm import MomentsSlot, _BatchNorm
+from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm
 from bnexp.nn.convert import convert_batchnorm, unsupported_layers
 from bnexp.statistics.estimators import (
     Cumulative,
@@ -198,7 +198,7 @@ class StatisticsTracker:
         self._closed = True
         for group in self._groups:
             for layer, views in group.views:
-                layer._slot = None
+                del layer.slot
                 layer._buffers.update({name: view.clone() for name, view in views})
         for layer, parent in self._converted:
             layer.__class__ = parent
@@ -283,7 +283,7 @@ class _Group:
         self,
         rules: Mapping[str, Estimator],
         feed: Callable[[], None],
-        layers: Mapping[str, _BatchNorm],
+        layers: Mapping[str, TrackedBatchNorm],
         index: list[int],
         device: torch.device,
     ) -> None:
@@ -309,7 +309,7 @@ class _Group:
         )
         self.batch = torch.zeros_like(self.shown)
         self.counts = torch.zeros(2, len(mine), dtype=torch.int64, device=device)
-        self.views: list[tuple[_BatchNorm, list[tuple[str, Tensor]]]] = []
+        self.views: list[tuple[TrackedBatchNorm, list[tuple[str, Tensor]]]] = []
         self.slots: list[MomentsSlot] = []
         # `.data`: a version counter of their own. Autograd saves buffers and slots in a forward
         # pass and would take our updates, which its backward pass doesn't read, for a mistake.
@@ -326,8 +326,8 @@ class _Group:
             self.views.append((layer, views))
             # One counter for each: a compiled layer's writes count, a native kernel's don't.
             mean, var = self.batch[:, columns]
-            layer._slot = MomentsSlot(feed, mean.data, var.data)
-            self.slots.append(layer._slot)
+            layer.slot = MomentsSlot(feed, mean.data, var.data)
+            self.slots.append(layer.slot)
 
         averaging = {name: rule for name, rule in rules.items() if not isinstance(rule, Pooled)}
         self.row = {name: row for row, name in enumerate(averaging)}
@@ -432,7 +432,7 @@ class _Group:
 
 def _tracked_layers(
     model: nn.Module,
-) -> tuple[dict[str, _BatchNorm], list[tuple[_BatchNorm, type[nn.Module]]]]:
+) -> tuple[dict[str, TrackedBatchNorm], list[tuple[TrackedBatchNorm, type[nn.Module]]]]:
     """The layers to follow, as bnexp's layers, and those converted for it with their own class."""
     layers = batchnorm_layers(model)
     module = original_module(model)
@@ -443,13 +443,13 @@ def _tracked_layers(
         )
     layers = {name: layer for name, layer in layers.items() if layer.running_mean is not None}
     for name, layer in layers.items():
-        if getattr(layer, "_slot", None) is not None:
+        if getattr(layer, "slot", None) is not None:
             raise UserError(
                 f"layer {name!r} has a StatisticsTracker already: close() it, or give all "
                 "estimators to one tracker"
             )
     converted = [
-        (layer, type(layer)) for layer in layers.values() if not isinstance(layer, _BatchNorm)
+        (layer, type(layer)) for layer in layers.values() if not isinstance(layer, TrackedBatchNorm)
     ]
     for layer, _ in converted:
         convert_batchnorm(layer)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bnexp.evaluation.comparison import compare
+from bnexp.evaluation.kinds import compared_kind, config_labels
 from bnexp.evaluation.predictions import Predictions
 from bnexp.evaluation.verdict import (
-    config_labels,
     count,
     p_value,
     percent,
@@ -167,3 +167,16 @@ def test_labels_of_a_config_say_how_the_statistics_were_made():
     assert labels["slow"] == "the slow statistics (decay 0.999, debiased)"
     assert labels["average"] == "the average statistics (cumulative average)"
     assert labels["window"] == "the window statistics (pooled over 100 steps)"
+
+
+def test_an_estimator_whose_name_begins_like_recomputed_is_not_taken_for_it():
+    predictions = pair(10_000, 9170, gained=215)
+    predictions = {
+        "running": predictions["running"],
+        "recomputed-old": predictions["running"],
+        "recomputed": predictions["recomputed"],
+    }
+    assert "with recomputed statistics" in verdict(predictions)
+    assert compared_kind(["recomputed-old", "recomputed/pooled"]) == "recomputed/pooled"
+    assert compared_kind(["recomputed-old"]) == "recomputed-old"
+    assert compared_kind([]) is None

@@ -8,8 +8,8 @@ import numpy as np
 import yaml
 
 from bnexp.evaluation.comparison import compare
+from bnexp.evaluation.kinds import config_labels
 from bnexp.evaluation.predictions import Predictions
-from bnexp.evaluation.verdict import config_labels
 from bnexp.runs import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
