@@ -24,9 +24,7 @@ def evaluate(
     ] = False,
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            help="How to recompute: exact, pooled, batch-mean; may be repeated."
-        ),
+        typer.Option(help="How to recompute: exact, pooled, batch-mean; may be repeated."),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=2, help="Training images to recompute from.")

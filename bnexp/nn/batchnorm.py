@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bnexp.errors import UserError
 
@@ -28,10 +28,10 @@ class MomentsSlot:
     `mean`, `var`: (C,) in the dtype of the running buffers; the mean and the unbiased variance of
     the last mini-batch. `values`: how many values per channel it had. `filled`: there are
     moments the tracker has not taken yet. `busy`: `feed` must be called before the layer may
-    write here again.
+    write here again. `moved`: the layer's buffers may be other tensors now.
     """
 
-    __slots__ = ("busy", "feed", "filled", "mean", "values", "var")
+    __slots__ = ("busy", "feed", "filled", "mean", "moved", "values", "var")
 
     def __init__(self, feed: Callable[[], None], mean: Tensor, var: Tensor) -> None:
         self.feed = feed
@@ -40,6 +40,7 @@ class MomentsSlot:
         self.values = 0
         self.filled = False
         self.busy = False
+        self.moved = False
 
 
 def _in_backward() -> bool:
@@ -54,6 +55,9 @@ class TrackedBatchNorm(nn.modules.batchnorm._BatchNorm):
     slot: MomentsSlot | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):  # a leaf of traced graphs, as torch.nn's layers are
+            tracer = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         slot = self.slot
         if slot is None and self.normalization_batch is None and not self.frozen:
             return super().forward(input)
@@ -131,16 +135,21 @@ class TrackedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.slot is not None and self.slot.busy:
             self.slot.feed()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._buffers and self.slot is not None:
+            self.slot.busy = self.slot.moved = True
+
     def _apply(self, fn: Any, recurse: bool = True) -> TrackedBatchNorm:
         super()._apply(fn, recurse)
         if self.slot is not None:
-            self.slot.busy = True  # the buffers may have left the tracker's device or dtype
+            self.slot.busy = self.slot.moved = True  # maybe to another device or dtype
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if self.slot is not None:
-            self.slot.busy = True  # with assign=True the buffers are other tensors now
+            self.slot.busy = self.slot.moved = True  # with assign=True they are other tensors
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.settle()
@@ -148,10 +157,11 @@ class TrackedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: they are not tracked, and their buffers are their own."""
+        state = super().__getstate__()
         if self.slot is None:
-            return self.__dict__
+            return state
         self.settle()
-        state = {name: value for name, value in self.__dict__.items() if name != "slot"}
+        state = {name: value for name, value in state.items() if name != "slot"}
         state["_buffers"] = {
             name: None if buffer is None else buffer.clone()
             for name, buffer in self._buffers.items()

@@ -115,7 +115,7 @@ class Exact:
         estimate = self.estimate(length_of(batches), bound)
         _log.info("exact: %s", estimate)
         self._report.note(str(estimate))
-        legs = len(self._probed) + (not self._complete([v.name for v in self._probed]))
+        legs = len(self._probed) + (self._stop_after is None)
         self._report.start(estimate.batches and estimate.batches * legs)
         if estimate.elsewhere == 0:
             self._sweep(start, iterator, borrowed, Lockstep())
@@ -229,14 +229,7 @@ class Exact:
             (first.name, whole, Fixed.of(whole, first.dtype, first.device, wide))
         )
         self._first_batch.append(first.moments)
-        path = [name for name, _, _ in self._population]
-        if path == [v.name for v in self._probed] and self._complete(path):
-            return STOP
         return STOP if first.name == self._stop_after else self._population[-1][2]
-
-    def _complete(self, path: list[str]) -> bool:
-        """Whether nothing of interest can follow on the calls of these layers."""
-        return self._stop_after in path or set(path) == self._layers.keys()
 
     @staticmethod
     def _whole(visits: list[_Visit]) -> Moments:
@@ -267,8 +260,9 @@ class Exact:
             if name != expected_name or not _agree(moments(x), expected, x.dtype):
                 raise UserError(
                     f"the model's forward passes influence one another (seen at BN layer "
-                    f"{name!r}: it keeps data of one pass in attributes, hooks or globals), so "
-                    "they cannot advance in lockstep for 'exact': use method='pooled'"
+                    f"{name!r}: it keeps data of one pass in attributes, hooks or globals, or the "
+                    "batches share memory), so they cannot advance in lockstep for 'exact': use "
+                    "method='pooled'"
                 )
             remaining -= 1
             if not remaining:
@@ -313,6 +307,8 @@ def _agree(a: Moments, b: Moments, dtype: torch.dtype) -> bool:
     """Whether two moments of the same values differ by no more than rounding could do."""
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
     std = b.var.sqrt() + 1e-5 * b.mean.abs() + 1e-12
+    if a.count == b.count == 0:
+        return True
     return a.count == b.count and bool(
         ((a.mean - b.mean).abs() <= tolerance * std).all()
         and ((a.var.sqrt() - b.var.sqrt()).abs() <= tolerance * std).all()

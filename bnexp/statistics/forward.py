@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnexp.errors import UserError
 from bnexp.statistics.moments import Moments
@@ -51,7 +52,8 @@ def runner(model: nn.Module, device: torch.device, forward: Callable | None) -> 
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Inference mode for all modules, no gradients; RNG states and flags restored at the end."""
+    """Inference mode for all modules, no gradients; RNG states, training flags and buffers that
+    the forward passes change are restored at the end."""
     training = [module for module in model.modules() if module.training]
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type != "cpu"}
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -70,8 +72,37 @@ def inference(model: nn.Module) -> Iterator[None]:
         stack.callback(lambda: [setattr(module, "training", True) for module in training])
         for module in training:
             module.training = False
+        stack.callback(_restore_buffers, _buffers(model))
         stack.enter_context(torch.no_grad())
         yield
+
+
+_Buffers = list[tuple[nn.Module, dict[str, Tensor | None], list[tuple[Tensor, int, Tensor]]]]
+
+
+def _buffers(model: nn.Module) -> _Buffers:
+    """The buffers of each module but BN layers, whose own are never touched, with copies."""
+    return [
+        (
+            module,
+            dict(module._buffers),
+            [
+                (buffer, buffer._version, buffer.clone())
+                for buffer in module._buffers.values()
+                if buffer is not None and not buffer.is_inference()
+            ],
+        )
+        for module in model.modules()
+        if module._buffers and not isinstance(module, _BatchNorm)
+    ]
+
+
+def _restore_buffers(saved: _Buffers) -> None:
+    for module, buffers, values in saved:
+        module._buffers.update(buffers)
+        for buffer, version, value in values:
+            if buffer._version != version:
+                buffer.copy_(value)
 
 
 def eagerly() -> contextlib.AbstractContextManager:

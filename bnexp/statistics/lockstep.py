@@ -94,6 +94,9 @@ class Lockstep:
                         self._running = job
                         job.throw(GreenletExit)
             self._running = None
+            if self._ownership is not None:
+                for _, owner in passes:
+                    self._ownership.release(owner)
 
     def _advance(self, job: greenlet, owner: Owner, *answer: Any) -> Any:
         if self._ownership is None:

@@ -140,6 +140,17 @@ class Ownership(TorchDispatchMode):
             self._store.take(place, storage)
             del self._put_away[storage._cdata]
 
+    def release(self, owner: Owner) -> None:
+        """Bring back what outlives its pass because someone else holds it (a hook, a list)."""
+        while owner.away:
+            storage, size, place = owner.away.pop()
+            del self._put_away[storage._cdata]
+            reference = weakref.ref(storage)
+            del storage
+            if (storage := reference()) is not None:
+                storage.resize_(size)
+                self._store.take(place, storage)
+
     def _share(self, key: int) -> None:
         owner = self._put_away[key]
         self.fetch(owner)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 # A shifted second pass is taken where |mean| exceeds this many standard deviations.
 _OFFSET = 8.0
-# Accumulators per kernel call in the fold below: they stay in the first-level cache.
+# Of a kernel call in `_native_moments`: accumulators, so that they stay in the first-level cache,
+# and rows, so that float32 sums of so many terms keep six digits.
 _ACCUMULATORS = 2048
-_ROWS = 64
+_FEWEST_ROWS = 64
+_MOST_ROWS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,25 +91,33 @@ def _cpu_moments(x: Tensor, count: int) -> Moments:
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     if x.dtype == torch.float64:
-        dims = [d for d in range(x.dim()) if d != 1]
-        var, mean = torch.var_mean(x, dims, correction=0)
-        return Moments(count, mean, var * count)
+        return _wide_moments(x, count)
     result = _native_moments(x, count)
+    near = result.mean.square() <= _OFFSET**2 * result.var
+    if bool((near & result.m2.isfinite()).all()):
+        return result
     # The kernels' float32 sums lose digits with the offset; sums about a value near the mean,
     # any such value, lose none. Rare in networks, so it is done on demand.
-    if bool((result.mean.square() > _OFFSET**2 * result.var).any()):
-        shift = result.mean.float()
-        shifted = _native_moments(x - shift.view(-1, *[1] * (x.dim() - 2)), count)
-        result = Moments(count, shifted.mean + shift.double(), shifted.m2)
-    return result
+    shift = result.mean.float()
+    shifted = _native_moments(x - shift.view(-1, *[1] * (x.dim() - 2)), count)
+    result = Moments(count, shifted.mean + shift.double(), shifted.m2)
+    # Squares overflow float32 before the values do.
+    return result if bool(result.m2.isfinite().all()) else _wide_moments(x, count)
+
+
+def _wide_moments(x: Tensor, count: int) -> Moments:
+    dims = [d for d in range(x.dim()) if d != 1]
+    var, mean = torch.var_mean(x.double(), dims, correction=0)
+    return Moments(count, mean, var * count)
 
 
 def _native_moments(x: Tensor, count: int) -> Moments:
     """By ATen's statistics kernel, from float32 `x` on the CPU.
 
     For `channels_last` and 2-d input that kernel adds up all the rows in float32 one after the
-    other, which costs 1e-5 of the variance at 100 000 rows. Reading k rows as one row of k·C
-    channels gives it k independent, shorter sums, merged here in float64, at no cost.
+    other, which costs 1e-5 of the variance at 100 000 rows and more where values are skewed. So
+    no call gets more than `_MOST_ROWS` rows, and k short rows are read as one of k·C channels,
+    which gives k independent, shorter sums at no cost. All are merged here in float64.
     """
     rows = x.movedim(1, -1)
     if x.is_contiguous() and not rows.is_contiguous():
@@ -116,19 +126,25 @@ def _native_moments(x: Tensor, count: int) -> Moments:
         return Moments(count, mean.double(), var.double() * count)
     channels = x.shape[1]
     rows = rows.reshape(count, channels).contiguous()
-    fold = max(1, min(count // _ROWS, _ACCUMULATORS // channels))
-    if fold == 1:
-        mean, var = torch.batch_norm_update_stats(rows, None, None, 0.0)
-        return Moments(count, mean.double(), var.double() * count)
-    folded = count - count % fold
-    mean, var = torch.batch_norm_update_stats(
-        rows[:folded].view(folded // fold, fold * channels), None, None, 0.0
+    fold = max(1, min(count // _FEWEST_ROWS, _ACCUMULATORS // channels))
+    calls = -(-count // (fold * _MOST_ROWS))
+    length = count // (fold * calls)
+    whole = calls * length * fold
+    parts = rows[:whole].view(calls, length, fold * channels)
+    means, variances = zip(
+        *(torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts), strict=True
     )
-    within = var.double().view(fold, channels).mean(0)
-    between, mean = torch.var_mean(mean.double().view(fold, channels), 0, correction=0)
-    result = Moments(folded, mean, (within + between) * folded)
-    if folded < count:
-        mean, var = torch.batch_norm_update_stats(rows[folded:], None, None, 0.0)
-        rest = count - folded
+    between, mean = torch.var_mean(_per_sum(means, channels), 0, correction=0)
+    within = _per_sum(variances, channels).mean(0)
+    result = Moments(whole, mean, (within + between) * whole)
+    if whole < count:
+        mean, var = torch.batch_norm_update_stats(rows[whole:], None, None, 0.0)
+        rest = count - whole
         result = Moments.merge([result, Moments(rest, mean.double(), var.double() * rest)])
     return result
+
+
+def _per_sum(values: Sequence[Tensor], channels: int) -> Tensor:
+    """What the calls returned for folded channels as float64 (sums, channels)."""
+    joined = values[0] if len(values) == 1 else torch.cat(values)
+    return joined.double().view(-1, channels)

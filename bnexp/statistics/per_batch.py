@@ -34,8 +34,6 @@ class PerBatch:
         self._stop_after = stop_after
         self._report = report
         self._number = 0
-        self._first_path: list[str] | None = None
-        self._path: list[str] = []
         self._recent: dict[str, list[tuple[int, Moments]]] = {}
         self._sums: dict[str, Moments | tuple] = {}
 
@@ -45,11 +43,8 @@ class PerBatch:
         with normalized_by(self._layers, self._normalize):
             for self._number, batch in enumerate(batches):
                 empty = False
-                self._path = []
                 with contextlib.suppress(Done):
                     self._run(batch)
-                if self._first_path is None and set(self._path) == self._layers.keys():
-                    self._first_path = self._path
                 if self._number % _FOLD == _FOLD - 1:
                     self._fold()
                 self._report.advance()
@@ -62,8 +57,7 @@ class PerBatch:
         need_two(name, x, f"batch number {self._number} (counted from 0)")
         m = moments(x)
         self._recent.setdefault(name, []).append((self._number, m))
-        self._path.append(name)
-        if name == self._stop_after or self._path == self._first_path:
+        if name == self._stop_after:
             raise Done
         return by_its_own(m, x).normalize(x, weight, bias, eps)
 

@@ -83,8 +83,7 @@ def recompute_statistics(
         forward: for other inputs: called as `forward(model, batch)` with each batch as it comes,
             on whatever device; its result is ignored.
         stop_after: name of the last BN layer wanted. Nothing behind its first call runs, and
-            only layers reached by then are in the result. Without it, too, nothing runs behind
-            the last BN layer once all layers have been reached.
+            only layers reached by then are in the result.
 
     Returns:
         Statistics with float64 tensors on the CPU, `count` in values per channel. A layer called

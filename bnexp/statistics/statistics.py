@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,7 @@ class Statistics:
         `eval()` mode it normalizes with these statistics.
         """
         layers = self._layers(model)
+        placement = _placement(model)
         own = {n: (layer.running_mean, layer.running_var) for n, layer in layers.items()}
         with torch.no_grad():
             saved = {
@@ -114,9 +116,9 @@ class Statistics:
         try:
             for name, layer in layers.items():
                 if layer.running_mean is None:
-                    layer.running_mean = torch.empty_like(self.mean[name], **_placement(layer))
+                    layer.running_mean = torch.empty_like(self.mean[name], **placement)
                 if layer.running_var is None:
-                    layer.running_var = torch.empty_like(self.var[name], **_placement(layer))
+                    layer.running_var = torch.empty_like(self.var[name], **placement)
             with torch.no_grad():
                 _write(layers, self)
             yield model
@@ -167,7 +169,7 @@ class Statistics:
                 if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
                     raise TypeError("not a floating tensor")
             return cls(dict(mean), dict(var), {name: int(n) for name, n in count.items()})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is not a statistics file of this version of bnexp") from error
 
 
@@ -212,8 +214,9 @@ def _write(layers: dict[str, nn.Module], statistics: Statistics) -> None:
         layer.running_var.copy_(statistics.var[name])
 
 
-def _placement(layer: nn.Module) -> dict:
-    """Device and dtype for buffers lent to a layer that has none."""
-    if layer.weight is not None:
-        return {"device": layer.weight.device, "dtype": layer.weight.dtype}
+def _placement(model: nn.Module) -> dict[str, Any]:
+    """Device and dtype for buffers lent to a layer that has none: those of the model's weights."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return {"device": tensor.device, "dtype": tensor.dtype}
     return {"dtype": torch.float32}

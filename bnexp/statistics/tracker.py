@@ -50,8 +50,8 @@ class StatisticsTracker:
 
     While it is attached, the first estimator is what `running_mean` and `running_var` show (the
     layers' own `momentum` has no effect), and `num_batches_tracked` counts on. Layers of
-    `torch.nn` are converted in place, and turned back by `close`. What training computes is
-    unchanged, bit for bit.
+    `torch.nn` are converted in place, and turned back by `close` unless they were frozen or given
+    ghost batches meanwhile. What training computes is unchanged, bit for bit.
 
     **What counts.** Every forward pass of a layer in training mode is one mini-batch for that
     layer, as in PyTorch. Each layer counts for itself:
@@ -64,7 +64,8 @@ class StatisticsTracker:
     * layers that did not run, or ran in `eval()` mode or frozen (`freeze_batchnorm`), keep their
       estimates, counts and buffers. `requires_grad_(False)` alone changes nothing here;
     * activation checkpointing: the forward pass that is repeated inside the backward pass does
-      not count again (with plain PyTorch layers it does);
+      not count again (with plain PyTorch layers it does). Checkpointing a compiled model is not
+      supported while it is tracked;
     * layers with `track_running_stats=False` are left alone.
 
     **The buffers** are views into the tracker's memory. `model.to(...)`, `half()` and
@@ -100,7 +101,7 @@ class StatisticsTracker:
         self._closed = False
         # For layers inside a compiled graph: the update itself is not to be traced. Unlike
         # torch.compiler.disable, this imports the compiler, for a second, when it is called first.
-        self._feed = torch._disable_dynamo(lambda: self.update())
+        self._feed = torch._disable_dynamo(lambda: self._feed_layer())
         self._attach()
 
     def update(self) -> None:
@@ -110,9 +111,23 @@ class StatisticsTracker:
         the device. Does nothing if no layer ran since the last call. In a CUDA graph, capture it
         together with the forward pass, after a step outside of the graph.
         """
+        if not self._closed:
+            self._take_in(self._adopt_moved_buffers())
+
+    def _feed_layer(self) -> None:
+        """What a layer calls that needs its slot, or its buffers, now."""
+        if torch.compiler.is_compiling():
+            raise UserError(
+                "a StatisticsTracker holds moments of a mini-batch it has not taken in yet: call "
+                "its update() before the model is exported"
+            )
         if self._closed:
             return
-        moved = self._adopt_moved_buffers()
+        # Buffers that are other tensors for the time of a `functional_call` are not adopted.
+        slots = [slot for group in self._groups for slot in group.slots]
+        self._take_in(any(slot.moved for slot in slots) and self._adopt_moved_buffers())
+
+    def _take_in(self, moved: bool) -> None:
         for group in self._groups:
             group.update()
         if moved:
@@ -201,7 +216,8 @@ class StatisticsTracker:
                 del layer.slot
                 layer._buffers.update({name: view.clone() for name, view in views})
         for layer, parent in self._converted:
-            layer.__class__ = parent
+            if not layer.frozen and layer.normalization_batch is None:
+                layer.__class__ = parent
 
     def __enter__(self) -> StatisticsTracker:
         return self
@@ -215,15 +231,19 @@ class StatisticsTracker:
         self.close()
 
     def _attach(self) -> None:
-        """Group the layers by device and dtype, and give them slots and buffers in our memory."""
+        """Group the layers by device and dtype, and give them slots and buffers in our memory.
+
+        Never inference tensors: training saves them for its backward pass.
+        """
         kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for index, layer in enumerate(self._layers.values()):
             mean = layer.running_mean
             kinds.setdefault((mean.device, mean.dtype), []).append(index)
-        self._groups = [
-            _Group(self.estimators, self._feed, self._layers, index, device)
-            for (device, _), index in kinds.items()
-        ]
+        with torch.inference_mode(False):
+            self._groups = [
+                _Group(self.estimators, self._feed, self._layers, index, device)
+                for (device, _), index in kinds.items()
+            ]
 
     def _move(self) -> None:
         """Follow layers that have other buffers now, keeping every number."""
@@ -358,14 +378,14 @@ class _Group:
     def update(self) -> None:
         filled = tuple(slot.filled for slot in self.slots)
         for slot in self.slots:
-            slot.filled = slot.busy = False
+            slot.filled = slot.busy = slot.moved = False
+        if self.continues_from_buffers and self.buffers._version != self.known_version:
+            self._take_over_buffers()
         if not any(filled):
             return
         channels, layers = (None, 1) if all(filled) else self._which(filled)
         batch = self.batch.to(self.untouched.dtype)
         if self.row:
-            if self.continues_from_buffers and self.buffers._version != self.known_version:
-                self._take_over_buffers()
             average_(self.averages, self.mass, self.decay, batch, channels)
         if self.pools:
             self._pool(batch, channels)
@@ -443,6 +463,11 @@ def _tracked_layers(
         )
     layers = {name: layer for name, layer in layers.items() if layer.running_mean is not None}
     for name, layer in layers.items():
+        if layer.running_mean.is_meta:
+            raise UserError(
+                f"layer {name!r} is on the meta device, without memory: give it some first, by "
+                "to_empty(device=...)"
+            )
         if getattr(layer, "slot", None) is not None:
             raise UserError(
                 f"layer {name!r} has a StatisticsTracker already: close() it, or give all "

@@ -167,3 +167,16 @@ def test_torchvision_networks_train_bit_identically(name, tracked):
             dict(reference.named_buffers()),
             **(tolerance or {"rtol": 0, "atol": 0}),
         )
+
+
+def test_a_converted_network_is_traced_like_torchs():
+    from torchvision.models import resnet18
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    torch.manual_seed(0)
+    model = convert_batchnorm(resnet18(num_classes=4)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+    assert type(traced.get_submodule("bn1")) is BatchNorm2d
+    assert create_feature_extractor(model, ["layer1"])(x)["layer1"].shape == (2, 64, 8, 8)

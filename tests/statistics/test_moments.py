@@ -41,6 +41,30 @@ def test_float32_keeps_six_digits_at_any_offset(shape, layout, offset, scale):
     assert (np.abs(found.mean.numpy() - mean) / np.sqrt(var)).max() < 1e-6
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape", [(40_000, 1030), (100, 512, 14, 14), (100, 64, 56, 56), (100, 8, 28, 28)], ids=str
+)
+def test_skewed_values_in_long_rows(shape, layout):
+    """As behind a ReLU: no negative values, so that rounding errors of long sums add up."""
+    torch.manual_seed(0)
+    x = laid_out(torch.randn(shape).relu_(), layout)
+    mean, var, _ = by_numpy(x)
+    found = moments(x)
+    assert np.abs(found.var.numpy() / var - 1).max() < 1e-6
+    assert (np.abs(found.mean.numpy() - mean) / np.sqrt(var)).max() < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_whose_squares_overflow_float32(layout):
+    torch.manual_seed(0)
+    x = laid_out(torch.randn(200, 3, 4, 4) * 1e20, layout)
+    mean, var, _ = by_numpy(x)
+    found = moments(x)
+    assert np.allclose(found.var.numpy(), var, rtol=1e-6, atol=0)
+    assert np.allclose(found.mean.numpy(), mean, rtol=1e-5, atol=0)
+
+
 def test_one_offset_channel_among_others():
     torch.manual_seed(0)
     x = torch.randn(64, 3, 20, 20)

@@ -335,3 +335,54 @@ def test_shares_of_memory():
 def test_amounts_that_are_none(wrong):
     with pytest.raises(UserError, match="amount of memory"):
         recompute_statistics(network(), batches(), memory=wrong)
+
+
+# -- what others hold -------------------------------------------------------------------------
+
+
+def test_activations_kept_by_a_hook_are_whole_after_a_bounded_sweep():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)
+    ).eval()
+    data = list(torch.randn(40, 3, 20, 20).split(4))
+    kept = []
+    model[0].register_forward_hook(lambda layer, inputs, output: kept.append(output.detach()))
+    recompute_statistics(model, data, "exact", memory=400_000)
+    swept = kept[1:-1]  # the first and the last pass are alone
+    assert len(swept) == len(data)
+    with torch.no_grad():
+        for found, x in zip(swept, data, strict=True):
+            assert torch.equal(found, nn.functional.conv2d(x, model[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_buffers_that_a_forward_pass_changes_are_put_back(method):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+            self.register_buffer("passes", torch.zeros(()), persistent=False)
+            self.register_buffer("last", torch.zeros(3))
+
+        def forward(self, x):
+            self.passes += 1
+            self.last = x[0]
+            return self.bn(x)
+
+    model = Counting()
+    passes, last = model.passes, model.last
+    recompute_statistics(model, torch.randn(10, 3).split(5), method)
+    assert model.passes is passes and passes == 0
+    assert model.last is last and not last.any()
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_an_empty_batch_anywhere_counts_nothing(position):
+    torch.manual_seed(0)
+    model, full = nn.Sequential(nn.BatchNorm1d(3)), [torch.randn(4, 3), torch.randn(4, 3)]
+    batches = [*full[:position], torch.zeros(0, 3), *full[position:]]
+    found = recompute_statistics(model, batches, "exact")
+    expected = torch.cat(full).double()
+    assert found.count == {"0": 8}
+    assert torch.allclose(found.var["0"], expected.var(0, correction=0), rtol=1e-6)

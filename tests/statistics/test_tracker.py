@@ -15,7 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from bnexp.errors import UserError
-from bnexp.nn import BatchNorm2d, convert_batchnorm
+from bnexp.nn import (
+    BatchNorm2d,
+    convert_batchnorm,
+    freeze_batchnorm,
+    set_normalization_batch,
+)
 from bnexp.statistics.estimators import Cumulative, Ema, Pooled
 from bnexp.statistics.statistics import Statistics, running_statistics
 from bnexp.statistics.tracker import StatisticsTracker
@@ -573,3 +578,83 @@ def test_not_a_number_reaches_the_estimators_as_in_torch():
         dict(model.named_buffers()), dict(reference.named_buffers()), equal_nan=True
     )
     assert not model.running_mean[0].isnan()
+
+
+@pytest.mark.parametrize("how", ["frozen", "ghost batches"])
+def test_closing_keeps_what_a_layer_was_set_to_meanwhile(how):
+    model = network()
+    tracker = StatisticsTracker(model, ALL)
+    x = batches(1)[0]
+    if how == "frozen":
+        freeze_batchnorm(model)
+    else:
+        set_normalization_batch(model, 2)
+    expected = model(x)
+    tracker.close()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("moved", ["assigned", "cast"])
+def test_training_goes_on_after_an_inference_mode_pass_over_moved_buffers(moved):
+    model = network()
+    tracker = StatisticsTracker(model, ALL)
+    x = batches(1)[0]
+    model(x).sum().backward()
+    if moved == "cast":
+        model.double()
+        x = x.double()
+    else:
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with torch.inference_mode():
+        model.eval()(x)
+    model.train()(x).sum().backward()
+    tracker.update()
+    assert set(tracker.statistics()["mean"].count.values()) == {2}
+
+
+def test_a_functional_call_leaves_the_models_own_statistics_alone():
+    model, plain = network(), network()
+    plain.load_state_dict(model.state_dict())
+    StatisticsTracker(model, {"ema": Ema(0.9)})
+    x = batches(1)[0]
+    model(x)  # not fed yet
+    plain(x)
+    others = {
+        **dict(model.named_parameters()),
+        **{name: torch.full_like(buffer, 1000) for name, buffer in model.named_buffers()},
+    }
+    torch.func.functional_call(model.eval(), others, (x,))
+    for name, buffer in plain.named_buffers():
+        assert torch.allclose(dict(model.named_buffers())[name], buffer, atol=1e-6), name
+
+
+@pytest.mark.parametrize("way", ["load_state_dict", "reset", "copy_to"])
+def test_statistics_are_what_was_written_into_the_buffers(way):
+    model, donor = network(), network()
+    tracker = StatisticsTracker(model, {"ema": Ema(0.9)})
+    model(batches(1)[0])
+    donor(batches(1)[0] + 5)
+    if way == "load_state_dict":
+        model.load_state_dict(donor.state_dict())
+    elif way == "reset":
+        model[1].reset_running_stats()
+    else:
+        running_statistics(donor).copy_to(model)
+    assert torch.equal(tracker.statistics()["ema"].mean["1"], model[1].running_mean)
+    assert torch.equal(tracker.state_dict()["averages"][0, 0, :5].float(), model[1].running_mean)
+
+
+def test_exporting_with_moments_waiting_is_refused_and_loses_nothing():
+    model = network()
+    tracker = StatisticsTracker(model, ALL)
+    x = batches(1)[0]
+    model(x)
+    with pytest.raises(Exception, match=r"call its update\(\) before the model is exported"):
+        torch.export.export(model.eval(), (x,))
+    assert set(tracker.statistics()["mean"].count.values()) == {1}
+    torch.export.export(model, (x,))
+
+
+def test_a_model_without_memory_is_refused():
+    with pytest.raises(UserError, match="meta device"):
+        StatisticsTracker(network().to("meta"), ALL)
