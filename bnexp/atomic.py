@@ -15,8 +15,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     At any moment `path` holds the old content or the new one, also after a crash: the file is
     synced before it is renamed, and the folder after. If the block raises, the temporary file is
-    removed and `path` is as it was.
+    removed and `path` is as it was. A symbolic link stays one: what it points to is replaced.
     """
+    path = Path(os.path.realpath(path))
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)

@@ -7,6 +7,7 @@ what is wrong with them. Attribute docstrings become the descriptions of `bnexp 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -28,7 +29,7 @@ from bnexp.errors import UserError
 from bnexp.memory_size import parse_memory
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -55,7 +56,7 @@ class Section(BaseModel):
 
 
 class AugmentConfig(Section):
-    crop_padding: Annotated[int, Field(ge=0)] = 0
+    crop_padding: Annotated[int, Field(ge=0, le=1024)] = 0
     """Pad by this many pixels on every side, then crop at random to the original size."""
     flip: bool = False
     """Mirror left and right with probability one half."""
@@ -76,11 +77,20 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training images kept apart for validation, seeded and stratified."""
     augment: AugmentConfig = AugmentConfig()
-    image_size: PositiveInt | None = None
+    image_size: Annotated[int, Field(ge=1, le=16384)] | None = None
     """Side of the square that images are resized to; needed where a folder's sizes differ."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode the images of an image-folder."""
     limit: LimitConfig = LimitConfig()
+
+    @field_validator("root")
+    @classmethod
+    def _absolute(cls, root: Path | None) -> Path | None:
+        """So that a run's config means the same folder from everywhere."""
+        try:
+            return None if root is None else Path(os.path.abspath(root.expanduser()))
+        except RuntimeError as error:
+            raise ValueError(f"{root}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------- model
@@ -177,7 +187,7 @@ class StatisticsConfig(Section):
 
 
 class SgdConfig(Section):
-    name: Literal["sgd"]
+    name: Literal["sgd"] = "sgd"
     lr: Annotated[float, Field(gt=0.0)] = 0.1
     """Learning rate; the schedule starts from it or rises to it."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -301,13 +311,13 @@ class AveragesConfig(Section):
 
 
 class TrainingConfig(Section):
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Passes over the training images; may be a fraction. Say epochs or steps."""
     steps: PositiveInt | None = None
     """Mini-batches to train on. Say epochs or steps."""
     batch_size: PositiveInt = 128
     """Images per mini-batch; the last, short one of an epoch is left out."""
-    optimizer: OptimizerConfig = SgdConfig(name="sgd")
+    optimizer: OptimizerConfig = SgdConfig()
     """sgd or adamw."""
     schedule: ScheduleConfig = CosineSchedule(name="cosine")
     """The learning rate by step: constant, step, cosine, one-cycle or plateau."""
@@ -501,7 +511,7 @@ def _override(tree: dict, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"{assignment!r} is no override: write key=value, as in training.steps=500")
-    *parents, last = key.split(".")
+    *parents, last = _split(tree, key)
     node = tree
     for depth, parent in enumerate(parents):
         child = node.get(parent)
@@ -515,6 +525,20 @@ def _override(tree: dict, assignment: str) -> None:
         node.pop("epochs", None)
         node.pop("steps", None)
     node[last] = _parse_yaml(text, f"override {assignment!r}") if text else None
+
+
+def _split(tree: dict, key: str) -> list[str]:
+    """The parts of a dotted key; names in `tree` that have dots themselves stay whole."""
+    words, parts = key.split("."), []
+    node: Any = tree
+    while words:
+        known = node if isinstance(node, dict) else {}
+        lengths = range(len(words), 0, -1)
+        length = next((n for n in lengths if ".".join(words[:n]) in known), 1)
+        part, words = ".".join(words[:length]), words[length:]
+        parts.append(part)
+        node = known.get(part)
+    return parts
 
 
 def load_config(path: Path, overrides: list[str] = ()) -> Config:

@@ -16,7 +16,12 @@ def resolve_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"{name!r} is no device; allowed: auto, cpu, cuda, cuda:1, mps")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"device {name}: no CUDA device is usable here; use cpu or auto")
@@ -38,10 +43,10 @@ def describe_device(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
+    # The last is what oneDNN says on a CPU when it gets no memory for a convolution.
+    said = ("can't allocate memory", "out of memory", "could not create a primitive")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("can't allocate memory" in text or "out of memory" in text)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
     )
 
 

@@ -11,6 +11,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class NotFinite(UserError):
+    """The data or the activations hold NaN or infinity."""
+
+
 class RunFailed(RuntimeError):
     """The input was right and the run failed all the same (diverged, disk full, ...)."""
 
@@ -34,8 +38,8 @@ _DISK_ERRORS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file size limit is reached",
     errno.EROFS: "the file system is read-only",
-    errno.EACCES: "writing is not allowed",
-    errno.EPERM: "writing is not allowed",
+    errno.EACCES: "access is not allowed",
+    errno.EPERM: "access is not allowed",
     errno.EIO: "the disk failed",
 }
 

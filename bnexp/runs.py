@@ -97,15 +97,8 @@ class Run:
 
     @property
     def config(self) -> dict:
-        import yaml
-
-        try:
-            config = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path}/config.yaml is damaged: {error}") from None
-        if not isinstance(config, dict) or not {"data", "model"} <= config.keys():
-            raise UserError(f"{self.path}/config.yaml is damaged: it is not a run's config")
-        return config
+        """The resolved config as plain data."""
+        return self.load_config().model_dump(mode="json")
 
     def load_config(self) -> Config:
         from bnexp.config import load_config
@@ -114,19 +107,32 @@ class Run:
 
     @property
     def environment(self) -> dict:
-        return self._json("environment.json") or {}
+        environment = self._json("environment.json") or {}
+        if not isinstance(environment.get("created", ""), str):
+            raise UserError(f"{self.path}/environment.json is damaged: created is no time")
+        return environment
 
     @property
     def state(self) -> dict:
-        """`{"state", "step", "total_steps", "message"}`; state is `killed` when a run that says
-        it is running no longer holds its lock."""
+        """`{"state", "step", "total_steps", "weights", "message"}`. The state is `killed` when a
+        run that says it is running no longer holds its lock, and `unknown` without the file."""
         state = self._json("state.json") or {"state": "unknown", "step": 0}
+        if not isinstance(state.get("state"), str) or not isinstance(state.get("step"), int):
+            raise UserError(f"{self.path}/state.json is damaged: it has no state and step")
         if state["state"] == "running" and not self.is_locked():
             state["state"] = "killed"
         return state
 
     def comparison(self) -> dict | None:
-        return self._json("comparison.json")
+        """The content of comparison.json; None before the final evaluation."""
+        comparison = self._json("comparison.json")
+        if comparison is not None and not (
+            {"baseline", "samples", "classes", "verdict", "layers"} <= comparison.keys()
+            and isinstance(comparison.get("kinds"), list)
+            and comparison["kinds"]
+        ):
+            raise UserError(f"{self.path}/comparison.json is damaged: it is not a comparison")
+        return comparison
 
     def steps(self) -> dict[str, np.ndarray]:
         """The columns of steps.csv as float64 arrays; a line being written is left out."""
@@ -145,6 +151,9 @@ class Run:
             raise UserError(f"{self.path}/steps.csv is damaged: {reason}") from None
         if table.shape[1] != len(STEP_COLUMNS):
             raise UserError(f"{self.path}/steps.csv is damaged: {table.shape[1]} columns")
+        known = [i for i, name in enumerate(STEP_COLUMNS) if name != "loss"]  # that may be nan
+        if not np.isfinite(table[:, known]).all():
+            raise UserError(f"{self.path}/steps.csv is damaged: a step without its numbers")
         return {name: table[:, i] for i, name in enumerate(STEP_COLUMNS)}
 
     def evals(self) -> list[dict]:
@@ -199,7 +208,7 @@ class Run:
             value = json.loads((self.path / filename).read_text())
         except FileNotFoundError:
             return None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError, IsADirectoryError) as error:
             raise UserError(f"{self.path / filename} is damaged: {error}") from None
         if not isinstance(value, dict):
             raise UserError(f"{self.path / filename} is damaged: it is not a JSON object")
@@ -210,7 +219,7 @@ class Run:
             text = (self.path / filename).read_text()
         except FileNotFoundError:
             return []
-        except UnicodeDecodeError as error:
+        except (UnicodeDecodeError, IsADirectoryError) as error:
             raise UserError(f"{self.path / filename} is damaged: {error}") from None
         whole = text[: text.rfind("\n") + 1]
         rows = list(csv.reader(io.StringIO(whole)))[1:]
@@ -264,7 +273,11 @@ def _number_of(name: str):
 
 
 def is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() and (path / "steps.csv").is_file()
+    try:
+        has_more = (path / "steps.csv").is_file() or (path / "checkpoints").is_dir()
+        return has_more and (path / "config.yaml").is_file()
+    except OSError:  # a name too long for a path
+        return False
 
 
 def all_runs(runs: Path = RUNS) -> list[Run]:
@@ -289,9 +302,11 @@ def find_run(given: str, runs: Path = RUNS) -> Run:
     for path in (Path(given), runs / given):
         if is_run(path):
             return Run(path)
+    with contextlib.suppress(OSError):
+        for path in (Path(given), runs / given):
+            if path.exists():
+                raise UserError(f"{path} is not a run folder: it has no config.yaml and logs")
     path = Path(given)
-    if path.exists():
-        raise UserError(f"{given} is not a run folder: it has no config.yaml and steps.csv")
     names = [run.name for run in all_runs(runs)]
     if near := difflib.get_close_matches(path.name, names, n=3):
         raise UserError(f"no run {given}; did you mean {', '.join(near)}?")

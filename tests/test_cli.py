@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -203,6 +204,14 @@ def error_line(done, code=2):
         (["eval", "nothing"], ["no run nothing"]),
         (["eval", "."], ["not a run folder"]),
         (["eval"], ["no finished run", "bnexp train"]),
+        (["eval", "a" * 300], ["no run aaa"]),
+        (["train", "quick.yaml", "training.epochs=1e308"], ["training.epochs", "1000000"]),
+        (["train", "quick.yaml", "data.root=~no-such-user/x"], ["data.root", "home directory"]),
+        (["train", "quick.yaml", "data.augment.crop_padding=1000000000"], ["crop_padding"]),
+        (
+            ["train", "quick.yaml", "data.limit.test=1"],
+            ["test.statistics has batch", "one test image"],
+        ),
         (["train", "--resume", "nothing"], ["no run nothing"]),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
@@ -234,6 +243,36 @@ def test_checkpoints_that_are_damaged_foreign_or_malicious(bnexp, quick):
     text = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(text.replace("name: small-cnn", "name: mlp"))
     assert "another model than mlp" in error_line(bnexp("eval"))
+
+
+def test_the_verdict_names_the_method_that_was_asked_for(bnexp, quick):
+    trained(bnexp, quick)
+    for method in ("pooled", "batch-mean"):
+        done = bnexp("eval", "--recompute-stats", "--method", method, "--samples", "300")
+        assert f"recomputed statistics ({method})" in done.stdout, done.stderr
+
+
+def test_an_estimator_with_a_dot_in_its_name_can_be_overridden(bnexp, quick):
+    _, run = trained(
+        bnexp,
+        quick,
+        "statistics.estimators={ema-0.99: {rule: ema, decay: 0.99}}",
+        "statistics.estimators.ema-0.99.decay=0.5",
+    )
+    assert run.config["statistics"]["estimators"]["ema-0.99"]["decay"] == 0.5
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_tables_fit_narrow_terminals(bnexp, quick, width):
+    """FORCE_COLOR makes rich take the file for a terminal of COLUMNS."""
+    trained(bnexp, quick)
+    terminal = {"FORCE_COLOR": "1", "COLUMNS": str(width)}
+    done = bnexp("eval", "--recompute-stats", **terminal)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in "".join(lines).replace(" … ", "")
+    assert any(line.split()[:1] == ["bn3"] for line in lines)
+    assert any(line.startswith("statistics") and line.split()[-1] == "p" for line in lines)
 
 
 def test_averaged_weights_are_compared_with_stale_and_recomputed_statistics(bnexp, quick):

@@ -91,3 +91,9 @@ def test_a_device_that_is_not_there_is_refused():
     assert resolve_device("auto").type in ("cpu", "mps")
     with pytest.raises(UserError, match="no CUDA device is usable here"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["foo", "meta", "cuda:99999999999999999999", "xpu"])
+def test_other_names_are_no_devices(name):
+    with pytest.raises(UserError, match=f"'{name}' is no device"):
+        resolve_device(name)

@@ -9,11 +9,13 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import needs_fashion_mnist, trained, wait_for
+from conftest import ROOT, needs_fashion_mnist, trained, wait_for
+from PIL import Image
 
 from bnexp.runs import Run
 from bnexp.training.checkpoints import newest_checkpoint
@@ -159,6 +161,83 @@ def test_damaged_files_of_a_run(bnexp, config):
         line = only_line(bnexp("train", "--resume", run.path, "training.steps=70"), 2)
         assert damaged in line
         (run.path / damaged).write_bytes(whole[damaged])
+
+
+@pytest.mark.parametrize(
+    "damaged, content",
+    [
+        ("config.yaml", "data: {name: 5}\nmodel: {name: mlp}\n"),
+        ("config.yaml", "data: {name: digits}\nmodel: {name: mlp}\n"),
+        ("config.yaml", "data: [\n"),
+        ("state.json", '{"message": "no state"}'),
+        ("environment.json", '{"created": 5}'),
+        ("comparison.json", '{"kinds": []}'),
+        ("comparison.json", "[" * 100_000),
+        ("steps.csv", "step,epoch,lr,loss,accuracy,ema_accuracy\nnan,0,0.1,1,0.5,0.5\n"),
+        ("evals.csv", "step,split\n1,test\n"),
+    ],
+)
+def test_files_that_hold_something_else_are_named(bnexp, config, damaged, content):
+    run, good = trained(bnexp, config, "training.steps=5"), trained(bnexp, config)
+    (run.path / damaged).write_text(content)
+    for command in (["report", run.path], ["compare", run.path, good.path]):
+        assert damaged in only_line(bnexp(*command), 2)
+    listed = bnexp("runs", "--json")
+    assert listed.code == 0, listed.stderr
+    states = {row["name"]: row["state"] for row in json.loads(listed.stdout)}
+    assert states.keys() == {run.name, good.name} and states[good.name] == "finished"
+    if damaged == "state.json":
+        assert bnexp("train", "--resume", run.path, "training.steps=6").code == 0
+
+
+def test_a_run_without_its_log_is_still_a_run(bnexp, config):
+    run = trained(bnexp, config)
+    (run.path / "steps.csv").unlink()
+    assert bnexp("eval", run.name).code == 0
+    assert [row["name"] for row in json.loads(bnexp("runs", "--json").stdout)] == [run.name]
+
+
+def test_nobody_reads_what_the_training_says(bnexp, config):
+    """`bnexp train ... 2>&1 | head -1`: the run goes on."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "bnexp", "train", config, "test.every=null"],
+        cwd=bnexp.cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stderr.close()
+        assert process.wait() == 0
+    assert Run(bnexp.cwd / "runs" / "victim-1").state["state"] == "finished"
+
+
+def test_nothing_but_ordinary_files_is_replaced(bnexp, config):
+    run = trained(bnexp, config, "training.steps=5")
+    pipe, link, page = (bnexp.cwd / name for name in ("pipe", "link.html", "page.html"))
+    os.mkfifo(pipe)
+    assert "no ordinary file" in only_line(bnexp("report", run.path, "-o", pipe), 2)
+    page.write_text("old")
+    link.symlink_to(page)
+    assert bnexp("report", run.path, "-o", link).code == 0
+    assert link.is_symlink() and "<html" in page.read_text()
+
+
+def test_a_relative_data_root_means_the_same_from_everywhere(bnexp, config):
+    for number in range(60):
+        folder = bnexp.cwd / "images" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(folder / f"{number}.png")
+    run = trained(
+        bnexp,
+        config,
+        "data.name=image-folder",
+        "data.root=images",
+        "training.steps=5",
+        "training.batch_size=8",
+    )
+    (bnexp.cwd / "elsewhere").mkdir()
+    bnexp.cwd = bnexp.cwd / "elsewhere"
+    assert bnexp("eval", run.path).code == 0
 
 
 def test_a_run_can_not_become_shorter_than_it_is(bnexp, config):

@@ -302,6 +302,18 @@ def test_divergence_stops_the_run_says_where_and_keeps_a_good_checkpoint(bnexp, 
     assert all(torch.isfinite(v).all() for v in state["model"].values())
 
 
+@pytest.mark.parametrize("lr, said", [("1e+300", "learning rate 1e+300"), ("1e+30", "step 2")])
+def test_divergence_that_a_finite_loss_hides_shows_at_the_end(bnexp, config, lr, said):
+    """Weights or activations overflow in the last steps, after the last loss was finite."""
+    steps = "training.steps=1" if lr == "1e+300" else "training.steps=2"
+    done = bnexp(
+        "train", config, steps, f"training.optimizer.lr={lr}", "training.schedule={name: constant}"
+    )
+    assert done.code == 1, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("bnexp: diverged") and said in line and "optimizer.lr" in line
+
+
 def test_a_collapse_to_chance_stops_the_run(bnexp, config):
     """Good at first; then a learning rate that destroys what was learned, without NaN."""
     done = bnexp(

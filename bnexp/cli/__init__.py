@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -43,31 +44,54 @@ def _version(
 
 def main() -> None:
     """Run the command line; errors that have an answer end in one line and their exit code."""
-    from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
+    from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    interrupted = False
+
+    def interrupt(*_) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    _prepare_streams()
     try:
         app(prog_name="bnexp")
     except (UserError, RunFailed, ExpectationNotMet, Interrupted) as error:
         _fail(str(error), error.exit_code)
-    except SystemExit as ended:
-        if ended.code == 130:  # what typer makes of a KeyboardInterrupt, without a word
+    except BaseException as error:
+        # A KeyboardInterrupt may arrive as something else: typer makes an exit of it, and an
+        # extension module that is being imported an error of its own.
+        if interrupted:
             _fail("interrupted", 130)
+        _fail_if_explained(error)
         raise
-    except BrokenPipeError:
+
+
+def _prepare_streams() -> None:
+    """Output that can't be shown is no reason to fail."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _fail_if_explained(error: BaseException) -> None:
+    from bnexp.errors import disk_failure
+
+    if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         sys.exit(1)
-    except OSError as error:
-        failure = disk_failure(error)
-        if failure is None:
-            raise
+    if failure := disk_failure(error):
         _fail(str(failure), failure.exit_code)
-    except (MemoryError, RuntimeError) as error:
+    if isinstance(error, MemoryError | RuntimeError):
         from bnexp.device import is_out_of_memory
 
-        if not is_out_of_memory(error):
-            raise
-        _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
+        if is_out_of_memory(error):
+            _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,7 +45,7 @@ def _tree(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> 
     return {
         "runs": [
             {"name": run.name, "path": run.path, "state": run.state["state"],
-             "evals": list(run.evals), "comparison": run.comparison}
+             "evals": [_without_nan(row) for row in run.evals], "comparison": run.comparison}
             for run in runs
         ],
         "config_differences": {
@@ -53,6 +54,10 @@ def _tree(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> 
         },
         "seeds": [asdict(group) for group in groups],
     }  # fmt: skip
+
+
+def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
 
 
 def _print(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> None:

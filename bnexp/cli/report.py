@@ -43,8 +43,13 @@ def report(
         path = output or folder / "report.html"
         if path.is_dir():
             raise UserError(f"--output {path} is a folder; name the file, as in {path}/report.html")
+        if path.exists() and not path.is_file():
+            raise UserError(f"--output {path} is no ordinary file")
         _make_folder(path.parent)
-        write_report(found, path)
+        try:
+            write_report(found, path)
+        except FileNotFoundError as error:
+            raise UserError(f"--output {path} can't be written: {error.strerror}") from None
         print(path)
         return
 

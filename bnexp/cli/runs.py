@@ -34,7 +34,7 @@ def _describe_or_damaged(run: Run) -> dict[str, Any]:
 
     try:
         return describe(run)
-    except (UserError, KeyError, TypeError):
+    except (UserError, LookupError, TypeError):
         fields = ("data", "model", "step", "total_steps", "test_accuracy", "created")
         unknown = dict.fromkeys(fields)
         return {"name": run.name, "path": str(run.path), "state": "damaged", **unknown}
@@ -72,14 +72,17 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
     from bnexp.cli.tables import output
 
+    console = output()
+    with_time = console.width >= 90
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("run", no_wrap=True)
     for column in ("data", "model"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", min_width=8)
     table.add_column("steps", justify="right", no_wrap=True)
     table.add_column("state")
     table.add_column("test", justify="right", no_wrap=True)
-    table.add_column("when", no_wrap=True)
+    if with_time:
+        table.add_column("when", no_wrap=True)
     for row in rows:
         accuracy = row["test_accuracy"]
         table.add_row(
@@ -89,9 +92,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
             _steps(row["step"], row["total_steps"]),
             row["state"],
             "–" if accuracy is None else f"{accuracy:.2%}",
-            (row["created"] or "–")[:16].replace("T", " "),
+            *[(row["created"] or "–")[:16].replace("T", " ")] * with_time,
         )
-    output().print(table)
+    console.print(table)
 
 
 def _steps(step: int | None, total: int | None) -> str:

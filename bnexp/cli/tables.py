@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 160
 WIDE = 100
+# The columns of the main table, and how wide a terminal each of them needs.
+KIND_COLUMNS = (
+    ("accuracy %", 0),
+    ("95 % interval", 90),
+    ("loss", WIDE),
+    ("difference", 0),
+    (" 95 % interval", 0),
+    ("changed", 76),
+    ("p", 0),
+)
 
 
 def output() -> Console:
@@ -36,18 +46,14 @@ def print_comparison(comparison: Comparison, layers: int = 0) -> None:
 
 
 def _print_kinds(console: Console, comparison: Comparison) -> None:
-    with_loss = console.width >= WIDE
+    shown = [column for column, width in KIND_COLUMNS if console.width >= width]
     table = _table(console, f"{comparison.samples:,} test images")
-    columns = ["accuracy %", "95 % interval", "loss", "difference", "95 % interval", "changed", "p"]
     table.add_column("statistics", no_wrap=True)
-    for column in columns:
-        if column != "loss" or with_loss:
-            table.add_column(column, justify="right", no_wrap=True)
+    for column in shown:
+        table.add_column(column.strip(), justify="right", no_wrap=True)
     for kind in comparison.kinds:
         cells = _cells(kind)
-        if not with_loss:
-            del cells[3]
-        table.add_row(*cells)
+        table.add_row(kind.name, *(cells[column] for column in shown))
     console.print(table)
     if len(comparison.kinds) > 1:
         corrected = ", corrected for testing several kinds (Holm)"
@@ -66,43 +72,44 @@ def _table(console: Console, title: str) -> Table:
     )
 
 
-def _cells(kind: KindResult) -> list[str]:
+def _cells(kind: KindResult) -> dict[str, str]:
     low, high = kind.accuracy_interval
-    cells = [
-        kind.name,
-        f"{100 * kind.accuracy:.2f}",
-        f"{100 * low:.2f} … {100 * high:.2f}",
-        "–" if kind.loss is None else f"{kind.loss:.4f}",
-    ]
-    paired = kind.versus_baseline
-    if paired is None:
-        return [*cells, "", "", "", ""]
-    low, high = paired.difference_interval
-    return [
-        *cells,
-        f"{100 * paired.difference:+.2f}",
-        f"{100 * low:+.2f} … {100 * high:+.2f}",
-        f"{paired.changed}",
-        p_value(paired.p_holm).removeprefix("p = ").removeprefix("p "),
-    ]
+    cells = dict.fromkeys((column for column, _ in KIND_COLUMNS), "")
+    cells |= {
+        "accuracy %": f"{100 * kind.accuracy:.2f}",
+        "95 % interval": f"{100 * low:.2f} … {100 * high:.2f}",
+        "loss": "–" if kind.loss is None else f"{kind.loss:.4f}",
+    }
+    if paired := kind.versus_baseline:
+        low, high = paired.difference_interval
+        cells |= {
+            "difference": f"{100 * paired.difference:+.2f}",
+            " 95 % interval": f"{100 * low:+.2f} … {100 * high:+.2f}",
+            "changed": f"{paired.changed}",
+            "p": p_value(paired.p_holm).removeprefix("p = ").removeprefix("p "),
+        }
+    return cells
 
 
 def _print_drift(console: Console, kind: str, rows: list[dict], baseline: str) -> None:
     table = _table(console, f"\nlayers whose {baseline} statistics are furthest from {kind}")
-    table.add_column("layer")
-    columns = ["mean off by", "at worst", "log variance ratio", "at worst"]
+    table.add_column("layer", overflow="fold")
+    columns = {
+        "mean off by": lambda row: f"{row['mean_drift']:.3f} σ",
+        "at worst": lambda row: (
+            f"{row['worst_mean_drift']:.3f} σ (channel {row['worst_mean_channel']})"
+        ),
+        "log variance ratio": lambda row: f"{row['log_var_drift']:.3f}",
+        " at worst": lambda row: (
+            f"{row['worst_log_var_drift']:.3f} (channel {row['worst_var_channel']})"
+        ),
+    }
+    if console.width < WIDE:
+        columns = {name: cell for name, cell in columns.items() if "worst" not in name}
     if "difference" in rows[0]:
-        columns.append("points if exchanged alone")
+        columns["points if exchanged alone"] = lambda row: f"{100 * row['difference']:+.2f}"
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=column != columns[-1])
+        table.add_column(column.strip(), justify="right")
     for row in rows:
-        cost = [f"{100 * row['difference']:+.2f}"] if "difference" in row else []
-        table.add_row(
-            row["name"],
-            f"{row['mean_drift']:.3f} σ",
-            f"{row['worst_mean_drift']:.3f} σ (channel {row['worst_mean_channel']})",
-            f"{row['log_var_drift']:.3f}",
-            f"{row['worst_log_var_drift']:.3f} (channel {row['worst_var_channel']})",
-            *cost,
-        )
+        table.add_row(row["name"], *(cell(row) for cell in columns.values()))
     console.print(table)

@@ -73,7 +73,7 @@ def _train(config: Config, run: Run | None, changes: dict) -> None:
     session = None
     if run is None:
         session = Session(config, device)
-        session.check_batch()
+        session.check()
         run = create_run(config, describe_environment(config.seed, describe_device(device)))
     try:
         lock = run.lock()
@@ -104,6 +104,7 @@ def _run_to_the_end(run: Run, session: Session) -> None:
     try:
         with display:
             outcome = train_session(run, session, display)
+        write_results_png(run)
     except Interrupted as error:
         _write_state(run, session, "interrupted", str(error))
         raise Interrupted(f"{error}; go on with: bnexp train --resume {run.path}") from None
@@ -122,7 +123,6 @@ def _run_to_the_end(run: Run, session: Session) -> None:
     _write_state(run, session, "finished", outcome.message, outcome.weights)
     if outcome.message:
         display.line(outcome.message)
-    write_results_png(run)
     print_comparison(outcome.comparison)
     print(f"run: {run.path}")
     _check_expectations(config, outcome.comparison)

@@ -181,6 +181,13 @@ def _read_idx_files(data_set: IdxDataSet, found: dict[str, Path]) -> Arrays:
                 f"{found[f'{split}-labels']} should hold labels 0 to "
                 f"{len(data_set.classes) - 1}; {REPLACE}"
             )
+    train_size, test_size = (arrays[f"{split}-images"].shape[1:] for split in ("train", "test"))
+    if train_size != test_size or not min(train_size):
+        raise UserError(
+            f"{found['train-images']} and {found['test-images']} hold images of "
+            f"{' and '.join('x'.join(map(str, size)) for size in (train_size, test_size))} pixels; "
+            f"{REPLACE}"
+        )
     return Arrays(
         arrays["train-images"][..., None],
         arrays["train-labels"].astype(np.int64),

@@ -54,6 +54,11 @@ def list_folder(root: Path | None) -> Folder:
         classes = _class_names(root)
         everything = _list_images(root, classes)
         train, test = split_off(everything.labels, TEST_FRACTION, generator(0, "folder test"))
+        if not len(test):
+            raise UserError(
+                f"{root} has {len(everything)} images, too few to set a fifth apart for testing; "
+                "add some, or make folders train/ and test/"
+            )
         return Folder(everything.take(train), None, everything.take(test), classes)
     classes = _class_names(root / "train")
     parts = {
@@ -83,13 +88,18 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _is_image(path: Path) -> bool:
+    hidden = path.name.startswith(".")  # such as ._1.png beside 1.png on disks that macOS wrote
+    return path.suffix.lower() in SUFFIXES and not hidden and not path.is_dir()
+
+
 def _list_images(folder: Path, classes: tuple[str, ...]) -> Listing:
     unknown = sorted(set(_class_names(folder)) - set(classes))
     if unknown:
         raise UserError(f"{folder / unknown[0]} is a class that the training images don't have")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = sorted(p for p in (folder / name).rglob("*") if _is_image(p))
         paths += files
         labels += [label] * len(files)
     if not paths:

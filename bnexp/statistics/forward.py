@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnexp.errors import UserError
+from bnexp.errors import NotFinite, UserError
 from bnexp.statistics.moments import Moments
 
 # Normalizing as x·scale + shift in float32 loses log2(|mean| / std) bits; beyond this ratio it
@@ -176,8 +176,8 @@ def first_non_finite(parts: list[Moments]) -> int | None:
     return int(bad[0]) if len(bad) else None
 
 
-def non_finite(name: str, number: int) -> UserError:
-    return UserError(
+def non_finite(name: str, number: int) -> NotFinite:
+    return NotFinite(
         f"NaN or infinity in the input of BN layer {name!r}, batch number {number} (counted from "
         "0): statistics of it would be worthless; check the data, and the weights"
     )

@@ -61,14 +61,16 @@ def step_checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> dict:
     """The state in the file at `path`, its tensors on the CPU.
 
-    Raises UserError if there is no such file, if it is damaged, if it is not bnexp's, or if it
-    holds anything but plain data; nothing in it is ever executed.
+    Raises PermissionError, and UserError if there is no such file, if it is damaged, if it is
+    not bnexp's, or if it holds anything but plain data; nothing in it is ever executed.
     """
     try:
         _verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
+    except PermissionError:
+        raise  # not to be taken for damage, and passed over
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than plain data and was not loaded: it could run code"

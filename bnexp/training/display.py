@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 
 from rich.console import Console
@@ -10,13 +9,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 REDRAW_SECONDS = 0.25
 PLAIN_SECONDS = 10.0
+WIDE = 110
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # whoever watched is gone; the run goes on
 
 
 class Display:
     """Progress and warnings on stderr. Use it as a context manager."""
 
     def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None):
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console or _Console(stderr=True, highlight=False, soft_wrap=True)
         self._total = total_steps
         self._first_step = first_step
         self._started = time.monotonic()
@@ -26,17 +31,22 @@ class Display:
         self._row: tuple | None = None
         self._progress = None
         if self.console.is_terminal:
+            bar = [BarColumn(bar_width=16)] if self._is_wide else []
             self._progress = Progress(
                 TextColumn("{task.completed}/{task.total}"),
-                BarColumn(bar_width=16),
+                *bar,
                 TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=not self._is_wide),
                 console=self.console,
                 auto_refresh=False,
             )
             self._task = self._progress.add_task(
                 "", total=total_steps, completed=first_step, numbers=""
             )
+
+    @property
+    def _is_wide(self) -> bool:
+        return not self.console.is_terminal or self.console.width >= WIDE
 
     def __enter__(self) -> Display:
         if self._progress:
@@ -64,15 +74,18 @@ class Display:
             return
         step, epoch, lr, loss, _, ema = row
         rate = self._images / max(1e-9, time.monotonic() - self._started)
-        text = f"loss {loss:.4f}  EMA train {ema:.2%}{self._test}  {rate:,.0f} img/s"
+        text = f"loss {loss:.4f}  EMA train {ema:.2%}{self._test}"
+        if self._is_wide:
+            text += f"  {rate:,.0f} img/s"
         if self._progress:
             self._progress.update(self._task, completed=step, numbers=text, refresh=True)
         else:
             self.line(f"step {step}/{self._total}  epoch {epoch}  lr {lr:.2g}  {text}")
 
     def test_accuracy(self, accuracy: float, step: int) -> None:
-        self._test = f"  test {accuracy:.2%} (step {step})"
+        self._test = f"  test {accuracy:.2%}"
+        if self._is_wide:
+            self._test += f" (step {step})"
 
     def line(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # whoever watched is gone; the run goes on
-            self.console.print(text, markup=False)
+        self.console.print(text, markup=False)

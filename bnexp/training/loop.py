@@ -6,13 +6,14 @@ import contextlib
 import math
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from bnexp.config import CheckpointsConfig
-from bnexp.errors import Interrupted, RunFailed
+from bnexp.errors import Interrupted, NotFinite, RunFailed
 from bnexp.evaluation.assessment import (
     Assessment,
     assess,
@@ -249,7 +250,7 @@ class Trainer:
         """Evaluate under all kinds, write the rows, and say by what the best is chosen."""
         session, config = self.session, self.config
         data, model = session.data, session.model
-        with session.autocast():
+        with session.autocast(), self._diverged_if_not_finite():
             kinds = self._kinds(final)
             baseline = next(iter(kinds))
             only_baseline = {baseline: kinds[baseline]}
@@ -271,6 +272,20 @@ class Trainer:
         if self.events:
             self.events.evaluation(rows, found, config.model.eps)
         return found, metric if math.isfinite(metric) else None
+
+    @contextlib.contextmanager
+    def _diverged_if_not_finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFinite as error:
+            raise RunFailed(
+                f"diverged: at {self._when()} the activations are no longer finite ({error}); "
+                "lower training.optimizer.lr"
+            ) from None
+
+    def _when(self) -> str:
+        lr = self.step_log.last[2] if self.step_log.last else self._learning_rate()
+        return f"step {self.session.step} with learning rate {lr:.3g}"
 
     def _kinds(self, final: bool) -> dict:
         session = self.session
@@ -304,8 +319,8 @@ class Trainer:
         session = self.session
         if not _all_finite(session.model):
             raise RunFailed(
-                f"diverged: the weights are no longer finite at step {session.step} with learning "
-                f"rate {self._learning_rate():.3g}; lower training.optimizer.lr"
+                f"diverged: the weights or the running statistics are no longer finite at "
+                f"{self._when()}; lower training.optimizer.lr"
             )
         self.logs.sync()
         save_checkpoint(
@@ -353,7 +368,7 @@ class Trainer:
         """Averaged weights with recomputed statistics and, to show why, the trained model's."""
         session = self.session
         model = session.averaged_model(name)
-        with session.autocast():
+        with session.autocast(), self._diverged_if_not_finite():
             kinds = kinds_to_assess(
                 model, session.data, self.config, session.estimates(), ["recomputed"]
             )
@@ -379,6 +394,6 @@ class _CheckpointClock:
 
 
 def _all_finite(model: torch.nn.Module) -> bool:
-    """Whether every parameter is finite. Waits for the device once."""
-    totals = torch.stack([p.detach().float().abs().sum() for p in model.parameters()])
-    return bool(torch.isfinite(totals).all())
+    """Whether every parameter and running statistic is finite. Waits for the device once."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())

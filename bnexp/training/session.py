@@ -136,8 +136,10 @@ class Session:
         """A copy of the model that has the averaged weights `ema` or `swa`."""
         return self.averages[weights].model_with_average(self.model)
 
-    def check_batch(self) -> None:
-        """UserError if one training batch gives a BN layer a single value per channel."""
+    def check(self) -> None:
+        """UserError where a mini-batch would give a BN layer a single value per channel."""
+        if "batch" in self.config.test.statistics and len(self.data.test) < 2:
+            raise UserError("test.statistics has batch, and there is one test image only")
         size = self.config.training.batch_size
         if not self.has_batchnorm or size > 1:
             return

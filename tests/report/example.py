@@ -51,7 +51,7 @@ def make_run(
     rng = np.random.default_rng(seed)
     run = Run(folder / name)
     (run.path / "checkpoints").mkdir(parents=True)
-    tree = config(steps, seed, **changes)
+    tree = config(max(1, steps), seed, **changes)
     (run.path / "config.yaml").write_text(yaml.safe_dump(tree))
     run.write_json(
         "environment.json",

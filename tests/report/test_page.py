@@ -168,7 +168,6 @@ def test_differences_of_configs(runs):
     assert differences == {
         "seed": [2, 0],
         "model.name": ["small-cnn", "resnet20"],
-        "model.eps": [1e-5, None],
     }
 
 
