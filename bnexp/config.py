@@ -77,11 +77,13 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training images kept apart for validation, seeded and stratified."""
     augment: AugmentConfig = AugmentConfig()
+    """What training does to its images, at random."""
     image_size: Annotated[int, Field(ge=1, le=16384)] | None = None
     """Side of the square that images are resized to; needed where a folder's sizes differ."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode the images of an image-folder."""
     limit: LimitConfig = LimitConfig()
+    """Fewer images than there are, to try something out."""
 
     @field_validator("root")
     @classmethod
@@ -332,6 +334,7 @@ class TrainingConfig(Section):
     early_stopping: EarlyStoppingConfig | None = None
     """End the run when validation stops improving; needs data.val_fraction and test.every."""
     averages: AveragesConfig = AveragesConfig()
+    """Averages of the parameters along the run, evaluated with statistics recomputed for them."""
 
     @field_validator("optimizer", mode="before")
     @classmethod
@@ -406,6 +409,7 @@ class Config(Section):
     name: Annotated[str, Field(max_length=100)] = "run"
     """The run's folder is runs/<name>-<number>; without it, the config file's name."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides the initial weights, the order of the images, augmentation and validation split."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     data: DataConfig

@@ -65,3 +65,53 @@ def test_figures_of_the_statistics_page_are_pictures_of_reasonable_size(name):
     assert data.startswith(b"\x89PNG") and len(data) < 150_000
     width, _ = struct.unpack(">II", data[16:24])
     assert width >= 1000
+
+
+ROOT = DOCS.parent
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_links_to_are_there(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+def test_code_of_the_readme_runs():
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGES[0].read_text(), flags=re.M | re.S)
+    assert blocks
+    for block in blocks:
+        names: dict = {}
+        exec(compile(block, "README.md", "exec"), names)
+        assert names["average"].count == {"1": 20}
+        assert names["exact"].count == {"1": 20 * 32 * 36}
+
+
+def test_the_config_of_the_readme_is_one(tmp_path):
+    from bnexp.config import load_config
+
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGES[0].read_text(), flags=re.M | re.S)
+    path = tmp_path / "readme.yaml"
+    path.write_text(text)
+    assert load_config(path).training.epochs == 3
+
+
+def test_commands_and_options_of_the_readme_exist():
+    import typer
+
+    from bnexp.cli import app
+
+    commands = typer.main.get_command(app).commands
+    rows = re.findall(r"^\| `bnexp (\w+)(.*)$", PAGES[0].read_text(), flags=re.M)
+    assert {name for name, _ in rows} == set(commands)
+    for name, rest in rows:
+        known = {option for p in commands[name].params for option in p.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known
+
+
+def test_the_config_reference_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    from config_reference import reference
+
+    assert (DOCS / "config.md").read_text() == reference(), "run: python docs/config_reference.py"

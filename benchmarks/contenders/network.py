@@ -1,4 +1,4 @@
-"""The network all contenders train: bnexp's small-cnn, out of torch.nn layers."""
+"""The network all contenders train: computes what bnexp's small-cnn does, in the usual order."""
 
 from __future__ import annotations
 

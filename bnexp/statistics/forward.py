@@ -148,7 +148,10 @@ class Fixed:
 
 def is_wide(m: Moments, device: torch.device) -> bool:
     """Whether the means are so far off that normalizing needs float64. Waits for a GPU."""
-    return device.type != "mps" and bool((m.mean.square() > _OFFSET**2 * m.var).any())
+    if device.type == "mps":
+        return False
+    mean, m2 = (t.cpu().numpy() for t in (m.mean, m.m2))
+    return bool((mean * mean * m.count > _OFFSET**2 * m2).any())
 
 
 def by_its_own(m: Moments, x: Tensor) -> Fixed:
