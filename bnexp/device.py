@@ -34,6 +34,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
+    """For people: "cpu (2 threads)", "cuda:0 (NVIDIA H100)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
@@ -43,6 +44,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the host or of a device, did not suffice."""
     # The last is what oneDNN says on a CPU when it gets no memory for a convolution.
     said = ("can't allocate memory", "out of memory", "could not create a primitive")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (

@@ -315,6 +315,7 @@ def find_run(given: str, runs: Path = RUNS) -> Run:
 
 
 def newest_finished_run(runs: Path = RUNS) -> Run:
+    """The finished run below `runs` that was begun last. UserError if there is none."""
     for run in all_runs(runs):
         with contextlib.suppress(UserError):  # a damaged run is not a finished one
             if run.state["state"] == "finished":

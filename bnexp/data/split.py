@@ -62,6 +62,8 @@ class Split(Protocol):
 
 @dataclass
 class Data:
+    """A data set ready for a device; `val` is None unless data.val_fraction or a folder has it."""
+
     info: DataInfo
     train: Split
     val: Split | None

@@ -140,6 +140,7 @@ def kinds_to_assess(
 
 
 def merge(first: Assessment, second: Assessment) -> Assessment:
+    """Both together, the first one's kinds first; the second wins where both have a kind."""
     return Assessment(
         first.predictions | second.predictions,
         first.statistics | second.statistics,

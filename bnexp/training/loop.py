@@ -38,6 +38,9 @@ COLLAPSED_CHECKS = 10
 
 @dataclass(frozen=True)
 class Outcome:
+    """What a training ends with: the comparison, the weights it is about (`last` or `best`), and
+    why the training stopped before its time, if it did."""
+
     comparison: Comparison
     weights: str
     message: str | None

@@ -156,7 +156,7 @@ def main() -> None:
 def _rounded(value):
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_rounded(v) for v in value]
     return round(value, 5) if isinstance(value, float) else value
 

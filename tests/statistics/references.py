@@ -58,7 +58,9 @@ def worst_error(found, mean: np.ndarray, var: np.ndarray, name: str) -> float:
 def snapshot(model: nn.Module) -> dict:
     """All that recomputing must leave alone, to be compared before and after."""
     return {
-        "state": {name: t.clone() for name, t in model.state_dict().items()},
+        "state": {
+            name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())
+        },
         "training": [m.training for m in model.modules()],
         "attributes": [sorted(vars(m)) for m in model.modules()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],

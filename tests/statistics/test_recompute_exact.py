@@ -144,6 +144,18 @@ ARCHITECTURES = {
 }
 
 
+# Rounding grows with depth where a layer has few values per channel; measured and doubled.
+TOLERANCE = {
+    "resnet18": 5e-6,
+    "mobilenet_v3_small": 1e-4,
+    "densenet121": 1e-4,
+    "googlenet": 1e-4,
+    "regnet_y_400mf": 1e-4,
+    "shufflenet": 1e-4,
+    "timm regnetz": 1e-4,
+}
+
+
 def build(name: str):
     torch.manual_seed(1)
     model, x = ARCHITECTURES[name]()
@@ -178,7 +190,7 @@ def test_against_a_float64_pass_with_a_single_batch(name):
     for layer, calls in truth.items():
         mean, var, count = pooled_calls(calls)
         assert found.count[layer] == count
-        assert worst_error(found, mean, var, layer) < 5e-4, layer
+        assert worst_error(found, mean, var, layer) < TOLERANCE.get(name, 1e-6), layer
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mixed", "shared", "subclasses"])
@@ -246,9 +258,10 @@ def test_half_precision_models(dtype):
     model, x = model.to(dtype), x.to(dtype)
     found = recompute_statistics(model, x.split(9), "exact")
     truth = single_batch(model, lambda m: m(x.double()))
-    ((mean, var, _),) = truth["stem.1"]
-    assert worst_error(found, mean, var, "stem.1") < 0.1
-    assert found.mean["stem.1"].dtype == torch.float64
+    for name, calls in truth.items():
+        mean, var, _ = pooled_calls(calls)
+        assert worst_error(found, mean, var, name) < 2e-3, name
+        assert found.mean[name].dtype == torch.float64
 
 
 class ThreadState(nn.Module):
@@ -316,9 +329,10 @@ def test_under_the_callers_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = recompute_statistics(model, x.split(9), "exact")
         assert torch.is_autocast_enabled("cpu")
-    truth = recompute_statistics(model, [x], "exact")
-    for name in truth.names:
-        assert torch.allclose(found.mean[name], truth.mean[name], atol=0.1)
+    truth = single_batch(model, lambda m: m(x.double()))
+    for name, calls in truth.items():
+        mean, var, _ = pooled_calls(calls)
+        assert worst_error(found, mean, var, name) < 1e-2, name
 
 
 def test_compiled_models_run_eagerly():
