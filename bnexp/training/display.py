@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 REDRAW_SECONDS = 0.25
 PLAIN_SECONDS = 10.0
-WIDE = 110
+MEDIUM, WIDE = 78, 110  # columns for the rate of images, and for everything
 
 
 class _Console(Console):
@@ -75,7 +75,7 @@ class Display:
         step, epoch, lr, loss, _, ema = row
         rate = self._images / max(1e-9, time.monotonic() - self._started)
         text = f"loss {loss:.4f}  EMA train {ema:.2%}{self._test}"
-        if self._is_wide:
+        if not self.console.is_terminal or self.console.width >= MEDIUM:
             text += f"  {rate:,.0f} img/s"
         if self._progress:
             self._progress.update(self._task, completed=step, numbers=text, refresh=True)
