@@ -279,3 +279,17 @@ def test_bad_folders_are_refused_in_one_line(tmp_path, fault):
     with pytest.raises(UserError, match=message) as error:
         load("image-folder", root=root, workers=0)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_image_of_a_folder_is_passed_over(tmp_path):
+    write_images(tmp_path, {"cat": 10, "dog": 10})
+    (tmp_path / "cat" / "._000.png").write_bytes(b"what macOS leaves")
+    (tmp_path / "dog" / "more.png").mkdir()
+    data = load_data(DataConfig(name="image-folder", root=tmp_path), CPU, seed=0)
+    assert len(data.train) + len(data.test) == 20
+
+
+def test_too_few_images_for_a_test_set(tmp_path):
+    write_images(tmp_path, {"cat": 1, "dog": 1})
+    with pytest.raises(UserError, match="too few to set a fifth apart"):
+        load_data(DataConfig(name="image-folder", root=tmp_path), CPU, seed=0)

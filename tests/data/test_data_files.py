@@ -217,6 +217,15 @@ def test_images_and_labels_must_be_as_many(tmp_path):
         files.load_idx(files.MNIST, tmp_path)
 
 
+@pytest.mark.parametrize("size", [(14, 14), (0, 28)])
+def test_images_of_both_splits_must_have_the_same_size(tmp_path, size):
+    arrays = mnist_like()
+    arrays["t10k-images-idx3"] = np.zeros((20, *size), dtype=np.uint8)
+    write_idx(tmp_path, arrays)
+    with pytest.raises(UserError, match=f"images of 28x28 and {size[0]}x{size[1]} pixels"):
+        files.load_idx(files.MNIST, tmp_path)
+
+
 def test_labels_must_be_classes(tmp_path):
     arrays = mnist_like()
     arrays["train-labels-idx1"][3] = 10

@@ -100,3 +100,13 @@ def test_what_cannot_be_done_is_said(tmp_path):
     assert "is a folder" in refused("report", "example-1", "-o", str(tmp_path))
     (tmp_path / "file").write_text("")
     assert "not a folder" in refused("report", "example-1", "-o", str(tmp_path / "file" / "a.html"))
+
+
+def test_compare_writes_json_of_runs_that_diverged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a-1", "b-1"):
+        run = make_run(tmp_path / "runs", name, steps=30, evaluations=2, finished=False)
+        with open(run.path / "evals.csv", "a") as log:
+            log.write("30,test,running,0.1,nan,2000,0.5\n")
+    tree = json.loads(bnexp("compare", "a-1", "b-1", "--json"))
+    assert tree["runs"][0]["evals"][-1]["loss"] is None

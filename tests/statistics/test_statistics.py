@@ -9,7 +9,12 @@ from torch import nn
 
 import bnexp
 from bnexp.errors import UserError
-from bnexp.statistics import Statistics, batchnorm_layers, running_statistics
+from bnexp.statistics import (
+    Statistics,
+    batchnorm_layers,
+    recompute_statistics,
+    running_statistics,
+)
 
 
 def model_with(**options) -> nn.Sequential:
@@ -268,3 +273,19 @@ def test_inconsistent_statistics_cannot_be_made():
         Statistics({"a": torch.ones(1)}, {}, {})
     with pytest.raises(UserError, match="shape"):
         Statistics({"a": torch.ones(1)}, {"a": torch.ones(2)}, {"a": 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_without_weights_are_lent_buffers_of_the_models_dtype(dtype):
+    torch.manual_seed(0)
+    bare = nn.BatchNorm1d(4, affine=False, track_running_stats=False)
+    model, x = (
+        nn.Sequential(nn.Linear(3, 4), bare).to(dtype).eval(),
+        torch.randn(50, 3, dtype=dtype),
+    )
+    found = recompute_statistics(model, [x])
+    with found.applied_to(model), torch.no_grad():
+        y = model(x)
+    assert y.dtype == dtype and bare.running_mean is None
+    assert torch.allclose(y.mean(0), torch.zeros(4, dtype=dtype), atol=1e-5)
+    assert torch.allclose(y.var(0, correction=0), torch.ones(4, dtype=dtype), atol=1e-3)
