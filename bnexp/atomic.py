@@ -41,7 +41,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Replace the file at `path` by `content`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -19,8 +19,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"{name!r} is no device; allowed: auto, cpu, cuda, cuda:1, mps")
     if device.type == "cuda":
         if not torch.cuda.is_available():

@@ -88,8 +88,7 @@ def _with(run: Run, method: str | None, samples: int | None) -> Config:
 
     asked = {"method": method, "samples": samples}
     overrides = [f"statistics.recompute.{k}={v}" for k, v in asked.items() if v is not None]
-    tree = run.load_config().model_dump(mode="json")
-    return resolve(tree, overrides, f"{run.path}/config.yaml")
+    return resolve(run.config, overrides, f"{run.path}/config.yaml")
 
 
 def _load(run, session, weights: str):

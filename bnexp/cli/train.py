@@ -42,9 +42,9 @@ def train(
     if name is not None:
         assignments.append(f"name={json.dumps(name)}")
     if resume:
-        run = find_run(resume)
         from bnexp.training.resume import resumed_config
 
+        run = find_run(resume)
         settings, changes = resumed_config(run, config, assignments)
     elif config:
         run, changes = None, {}

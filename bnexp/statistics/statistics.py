@@ -144,7 +144,7 @@ class Statistics:
         }
         serialized = io.BytesIO()  # torch.save into a file hides the OSError of a full disk
         torch.save(content, serialized)
-        write_atomically(path, serialized.getvalue())
+        write_atomically(path, serialized.getbuffer())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Statistics:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bnexp.atomic import replacing
+from bnexp.atomic import replacing, write_atomically
 from bnexp.errors import UserError
 
 FORMAT = 1
@@ -33,8 +33,7 @@ def save_checkpoint(folder: Path, state: dict, keep: int, best: bool) -> Path:
     path = folder / f"step-{state['step']:09d}.pt"
     serialized = io.BytesIO()  # torch.save into a file hides the OSError of a full disk
     torch.save({"format": FORMAT, **state}, serialized)
-    with replacing(path) as temporary:
-        temporary.write_bytes(serialized.getbuffer())
+    write_atomically(path, serialized.getbuffer())
     if best:
         with replacing(folder / "best.pt") as temporary:
             temporary.unlink()

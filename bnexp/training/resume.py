@@ -45,13 +45,12 @@ def resumed_config(run: Run, path: str | None, assignments: list[str]) -> tuple[
     It is the run's, or the one at `path`, with the overrides `assignments`. Raises UserError,
     with the keys, where another model, data or training would be continued.
     """
-    former = run.load_config()
+    before = dotted(run.config)
     if path is None:
-        tree = former.model_dump(mode="json")
-        config = resolve(tree, assignments, f"{run.path}/config.yaml")
+        config = resolve(run.config, assignments, f"{run.path}/config.yaml")
     else:
         config = load_config(Path(path), assignments)
-    before, after = (dotted(c.model_dump(mode="json")) for c in (former, config))
+    after = dotted(config.model_dump(mode="json"))
     changes = {
         key: [before.get(key), after.get(key)]
         for key in sorted(before.keys() | after.keys())
