@@ -23,10 +23,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from bnexp.networks import build_model
 from bnexp.nn import convert_batchnorm, restore_batchnorm
-from bnexp.nn.models import build_model
 from bnexp.performance import keep_freed_memory
-from bnexp.statistics.estimators import Cumulative, Ema
+from bnexp.statistics.rules import Cumulative, Ema
 from bnexp.statistics.tracker import StatisticsTracker
 
 EIGHT = {

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
+from bnexp.analysis.comparison import compare
 from bnexp.config import resolve
-from bnexp.evaluation.comparison import compare
 from bnexp.evaluation.predictions import evaluate
 from bnexp.nn.folding import folded
 from bnexp.performance import keep_freed_memory

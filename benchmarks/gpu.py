@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from bnexp.networks import build_model
 from bnexp.nn import restore_batchnorm
-from bnexp.nn.models import build_model
 from bnexp.performance import allow_tf32, keep_freed_memory
 
 IMAGES = 50_000

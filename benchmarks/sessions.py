@@ -11,7 +11,7 @@ import torch
 from bnexp.config import resolve
 from bnexp.data import catalogue, files
 from bnexp.performance import allow_tf32
-from bnexp.runs import Run, create_run
+from bnexp.records import Run, create_run
 from bnexp.training.loop import Logs, Trainer
 from bnexp.training.session import Session
 

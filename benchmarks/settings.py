@@ -68,7 +68,7 @@ def work(job: dict) -> None:
     import torch
     from sessions import Loop, make_session, wait_for
 
-    from bnexp.evaluation.assessment import assess
+    from bnexp.evaluation.evaluate import assess
 
     device = torch.device(job["device"])
     clock = sessions.clock = getattr(time, job["clock"])

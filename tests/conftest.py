@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from bnexp.runs import Run
+from bnexp.records import Run
 
 ROOT = Path(__file__).parent.parent
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, needs_fashion_mnist, run_of
 
-from bnexp.runs import Run
+from bnexp.records import Run
 
 QUICK = """
 data: {name: digits}
@@ -98,7 +98,7 @@ def test_whole_train_accuracy_is_that_of_the_checkpoint(bnexp, quick):
     """The train row of evals.csv against a plain loop over the data with plain torch."""
     _, run = trained(bnexp, quick)
     from bnexp.data import load_data
-    from bnexp.nn.models import build_model
+    from bnexp.networks import build_model
     from bnexp.training.checkpoints import newest_checkpoint
 
     config = run.load_config()

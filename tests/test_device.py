@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from bnexp.device import estimate_step_bytes, is_out_of_memory, resolve_device
 from bnexp.errors import UserError
-from bnexp.nn.models import build_model
+from bnexp.networks import build_model
 
 
 class PeakMemory(TorchDispatchMode):

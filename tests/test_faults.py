@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, needs_fashion_mnist, trained, wait_for
 from PIL import Image
 
-from bnexp.runs import Run
+from bnexp.records import Run
 from bnexp.training.checkpoints import newest_checkpoint
 
 CONFIG = """

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from bnexp.config import resolve
 from bnexp.evaluation.predictions import predict
 from bnexp.nn import BatchNorm2d
-from bnexp.runs import Run, create_run
+from bnexp.records import Run, create_run
 from bnexp.training.loop import train as train_session
 from bnexp.training.session import Session
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import run_of, trained, wait_for
 
-from bnexp.runs import Run
+from bnexp.records import Run
 from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint
 
 CONFIG = """

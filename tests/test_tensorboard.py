@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnexp.runs import Run
+from bnexp.records import Run
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

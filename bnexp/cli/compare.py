@@ -22,9 +22,9 @@ def compare(
 ) -> None:
     """Set runs side by side."""
     from bnexp.errors import UserError
+    from bnexp.records import find_run
     from bnexp.report.run_data import RunData
     from bnexp.report.several import config_differences, seed_groups
-    from bnexp.runs import find_run
 
     found = [find_run(name) for name in runs]
     if len({run.path.resolve() for run in found}) < len(found):
@@ -118,7 +118,7 @@ def _print_curves(console, runs: Sequence[RunData]) -> None:
 
 
 def _print_final(console, runs: Sequence[RunData]) -> None:
-    from bnexp.evaluation.verdict import signed
+    from bnexp.analysis.verdict import signed
 
     kinds = list(
         dict.fromkeys(k["name"] for r in runs if r.comparison for k in r.comparison["kinds"])
@@ -142,7 +142,7 @@ def _print_final(console, runs: Sequence[RunData]) -> None:
 
 
 def _print_seeds(console, group: SeedGroup) -> None:
-    from bnexp.evaluation.verdict import signed, signed_interval
+    from bnexp.analysis.verdict import signed, signed_interval
 
     columns = ("mean", "95 % interval", "std. dev.", "difference", "95 % interval")
     seeds = ", ".join(map(str, group.seeds))

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from bnexp.config import Config
-    from bnexp.runs import Run
+    from bnexp.records import Run
 
 WEIGHTS = ("last", "best", "ema", "swa")
 
@@ -39,9 +39,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Evaluate a run under each kind of BN statistics."""
-    from bnexp.config import RECOMPUTE_METHODS
+    from bnexp.config.schema import RECOMPUTE_METHODS
     from bnexp.errors import UserError
-    from bnexp.runs import find_run, newest_finished_run
+    from bnexp.records import find_run, newest_finished_run
 
     methods = list(dict.fromkeys(method or []))
     if unknown := [m for m in methods if m not in RECOMPUTE_METHODS]:
@@ -119,7 +119,7 @@ def _load(run, session, weights: str):
 
 
 def _compare(session, model, recompute_stats, methods, batch, show_progress):
-    from bnexp.evaluation.assessment import assess, compare_assessment, kinds_to_assess
+    from bnexp.evaluation.evaluate import assess, compare_assessment, kinds_to_assess
 
     wanted = ["recomputed"] * recompute_stats + ["batch"] * batch
     data, config = session.data, session.config

@@ -31,7 +31,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about runs."""
     from bnexp.errors import UserError
-    from bnexp.runs import find_run, newest_finished_run
+    from bnexp.records import find_run, newest_finished_run
 
     if file_format not in FORMATS:
         raise UserError(f"--format {file_format}: allowed are {', '.join(FORMATS)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bnexp.runs import Run
+    from bnexp.records import Run
 
 
 def runs(
@@ -17,7 +17,7 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """List the runs, newest first."""
-    from bnexp.runs import all_runs
+    from bnexp.records import all_runs
 
     rows = [_describe_or_damaged(run) for run in all_runs(folder)]
     if as_json:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from bnexp.evaluation.kinds import compared_kind
-from bnexp.evaluation.verdict import p_value
+from bnexp.analysis.verdict import p_value
+from bnexp.condition import compared_kind
 
 if TYPE_CHECKING:
-    from bnexp.evaluation.comparison import Comparison, KindResult
+    from bnexp.analysis.comparison import Comparison, KindResult
 
 PIPE_WIDTH = 160
 WIDE = 100

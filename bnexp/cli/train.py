@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
-from bnexp.runs import Run, create_run, find_run
+from bnexp.records import Run, create_run, find_run
 
 if TYPE_CHECKING:
     from bnexp.config import Config
@@ -63,8 +63,8 @@ def _train(config: Config, run: Run | None, changes: dict) -> None:
     from filelock import Timeout
 
     from bnexp.device import describe_device, resolve_device
-    from bnexp.environment import describe_environment
     from bnexp.performance import allow_tf32
+    from bnexp.records.environment import describe_environment
     from bnexp.training.resume import resume
     from bnexp.training.session import Session
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnexp.config import AugmentConfig, DataConfig
+from bnexp.config.schema import AugmentConfig, DataConfig
 from bnexp.data import files, sampling
 from bnexp.data.folder import Listing, list_folder, size_of
 from bnexp.data.memory import InMemorySplit

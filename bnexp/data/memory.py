@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bnexp.config import AugmentConfig
+from bnexp.config.schema import AugmentConfig
 from bnexp.data import sampling
 from bnexp.data.augmentation import shift_and_flip
 from bnexp.data.pixels import Normalization

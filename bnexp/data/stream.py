@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bnexp.config import AugmentConfig
+from bnexp.config.schema import AugmentConfig
 from bnexp.data import sampling
 from bnexp.data.augmentation import shift_and_flip
 from bnexp.data.pixels import Normalization

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnexp.analysis.comparison import paired_counts, paired_interval
 from bnexp.errors import UserError
-from bnexp.evaluation.comparison import paired_counts, paired_interval
 from bnexp.nn.folding import folded
 from bnexp.statistics import Statistics, batch_statistics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bnexp.runs import Run
+    from bnexp.records import Run
 
 
 def write_results_png(run: Run) -> None:

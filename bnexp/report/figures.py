@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bnexp.evaluation.kinds import compared_kind, is_recomputed
-from bnexp.evaluation.verdict import count, percent, signed
+from bnexp.analysis.verdict import count, percent, signed
+from bnexp.condition import compared_kind, is_recomputed
 from bnexp.report.curves import envelope, thin
 from bnexp.report.drawing import (
     COLOUR,

@@ -12,15 +12,15 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from bnexp.analysis import verdict as words
 from bnexp.atomic import write_atomically
+from bnexp.condition import compared_kind
 from bnexp.errors import UserError
-from bnexp.evaluation import verdict as words
-from bnexp.evaluation.kinds import compared_kind
+from bnexp.records import Run
 from bnexp.report.drawing import PALETTE, Plot, to_svg
 from bnexp.report.figures import run_plots, runs_accuracy
 from bnexp.report.run_data import RunData
 from bnexp.report.several import SeedGroup, config_differences, seed_groups
-from bnexp.runs import Run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from bnexp.runs import Run
+    from bnexp.records import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class RunData:
 
     @classmethod
     def read(cls, run: Run) -> RunData:
-        from bnexp.evaluation.kinds import config_labels
+        from bnexp.condition import config_labels
 
         config = run.config
         return cls(

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bnexp.config import dotted, within
+from bnexp.dotted import dotted, within
 from bnexp.report.run_data import RunData
 
 if TYPE_CHECKING:
-    from bnexp.evaluation.comparison import SeedSummary
+    from bnexp.analysis.comparison import SeedSummary
 
 # Keys that decide nothing about what is learned or measured, beside the seed itself.
 NOT_THE_EXPERIMENT = (
@@ -67,7 +67,7 @@ def seed_groups(runs: Sequence[RunData]) -> list[SeedGroup]:
 
 
 def _summarize(runs: list[RunData]) -> list[SeedSummary]:
-    from bnexp.evaluation.comparison import summarize_seeds
+    from bnexp.analysis.comparison import summarize_seeds
 
     accuracies = [
         {kind["name"]: kind["accuracy"] for kind in run.comparison["kinds"]} for run in runs

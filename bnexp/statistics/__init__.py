@@ -5,10 +5,9 @@ Stands on `bnexp.nn.batchnorm` and `bnexp.nn.convert`, and knows nothing of conf
 
 from __future__ import annotations
 
+from bnexp.nn.layers import batchnorm_layers
 from bnexp.statistics.drift import LayerDrift, layer_drift
-from bnexp.statistics.estimators import Cumulative, Ema, Pooled
 from bnexp.statistics.exact import MemoryEstimate
-from bnexp.statistics.layers import batchnorm_layers
 from bnexp.statistics.moments import Moments, moments
 from bnexp.statistics.recompute import (
     METHODS,
@@ -16,6 +15,7 @@ from bnexp.statistics.recompute import (
     estimate_memory,
     recompute_statistics,
 )
+from bnexp.statistics.rules import Cumulative, Ema, Pooled
 from bnexp.statistics.statistics import Statistics, running_statistics
 from bnexp.statistics.tracker import StatisticsTracker
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from bnexp.errors import UserError
 from bnexp.memory_size import format_bytes
+from bnexp.nn.layers import normalized_by
 from bnexp.statistics.forward import (
     Done,
     Fixed,
@@ -26,10 +27,9 @@ from bnexp.statistics.forward import (
     no_batches,
     non_finite,
 )
-from bnexp.statistics.layers import normalized_by
 from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep
-from bnexp.statistics.memory import Owner, Ownership, Store, free_memory
 from bnexp.statistics.moments import Moments, moments
+from bnexp.statistics.spill import Owner, Ownership, Store, free_memory
 
 _log = logging.getLogger("bnexp.statistics")
 

@@ -17,7 +17,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import overrides
 
 from bnexp.errors import UserError
-from bnexp.statistics.memory import Owner, Ownership
+from bnexp.statistics.spill import Owner, Ownership
 
 FINISHED = object()
 STOP = object()

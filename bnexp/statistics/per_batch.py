@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from bnexp.nn.layers import normalized_by
 from bnexp.statistics.forward import (
     Done,
     by_its_own,
@@ -17,7 +18,6 @@ from bnexp.statistics.forward import (
     no_batches,
     non_finite,
 )
-from bnexp.statistics.layers import normalized_by
 from bnexp.statistics.moments import Moments, moments
 
 # How many mini-batches are looked at together for NaN, which on a GPU means waiting for it.

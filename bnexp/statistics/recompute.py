@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
+from bnexp.nn.layers import batchnorm_layers, normalized_by, original_module
 from bnexp.statistics.exact import Exact, MemoryEstimate, belongs_to_caller
 from bnexp.statistics.forward import (
     device_of,
@@ -26,10 +27,9 @@ from bnexp.statistics.forward import (
     no_batches,
     runner,
 )
-from bnexp.statistics.layers import batchnorm_layers, normalized_by, original_module
-from bnexp.statistics.memory import memory_bound
 from bnexp.statistics.per_batch import PerBatch
 from bnexp.statistics.progress import Progress, reporting
+from bnexp.statistics.spill import memory_bound
 from bnexp.statistics.statistics import Statistics
 
 METHODS = ("batch-mean", "pooled", "exact")

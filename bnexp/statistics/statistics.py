@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
-from bnexp.statistics.layers import batchnorm_layers, settle
+from bnexp.nn.layers import batchnorm_layers, settle
 
 _FORMAT = "bnexp.Statistics"
 _VERSION = 1

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from bnexp.errors import UserError
 from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm
 from bnexp.nn.convert import convert_batchnorm, unsupported_layers
-from bnexp.statistics.estimators import (
+from bnexp.nn.layers import batchnorm_layers, original_module
+from bnexp.statistics.rules import (
     Cumulative,
     Ema,
     Estimator,
@@ -31,7 +32,6 @@ from bnexp.statistics.estimators import (
     pool_window_,
     pooled_value,
 )
-from bnexp.statistics.layers import batchnorm_layers, original_module
 from bnexp.statistics.statistics import Statistics
 
 # How many sets of layers that took part in a step are remembered on the device.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from bnexp.config import EmaWeightsConfig, SwaConfig
+from bnexp.config.schema import EmaWeightsConfig, SwaConfig
 
 
 class ParameterAverage:

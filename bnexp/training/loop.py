@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bnexp.config import CheckpointsConfig
+from bnexp.analysis.comparison import Comparison
+from bnexp.config.schema import CheckpointsConfig
 from bnexp.errors import Interrupted, NotFinite, RunFailed
-from bnexp.evaluation.assessment import (
+from bnexp.evaluation.evaluate import (
     Assessment,
     assess,
     compare_assessment,
     kinds_to_assess,
     merge,
 )
-from bnexp.evaluation.comparison import Comparison
-from bnexp.runs import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
+from bnexp.records import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
 from bnexp.training.checkpoints import load_checkpoint, save_checkpoint
 from bnexp.training.display import Display
 from bnexp.training.metrics import StepLog

@@ -7,7 +7,7 @@ import math
 import torch
 
 from bnexp.errors import RunFailed
-from bnexp.runs import CsvLog
+from bnexp.records import CsvLog
 
 
 class EmaAccuracy:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from bnexp.config import OptimizerConfig, PlateauSchedule, ScheduleConfig
+from bnexp.config.schema import OptimizerConfig, PlateauSchedule, ScheduleConfig
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

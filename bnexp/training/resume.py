@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexp.atomic import write_atomically
-from bnexp.config import dotted, load_config, resolve, within
-from bnexp.environment import describe_resume
+from bnexp.config import load_config, resolve
+from bnexp.dotted import dotted, within
 from bnexp.errors import UserError
-from bnexp.runs import Run
+from bnexp.records import Run
+from bnexp.records.environment import describe_resume
 
 if TYPE_CHECKING:
     import torch

@@ -9,12 +9,13 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from bnexp.config import Config, CumulativeConfig, EmaConfig
+from bnexp.config import Config
+from bnexp.config.schema import CumulativeConfig, EmaConfig
 from bnexp.data import load_data
 from bnexp.data.split import Data
 from bnexp.errors import UserError
+from bnexp.networks import build_model
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
-from bnexp.nn.models import build_model
 from bnexp.statistics import (
     Cumulative,
     Ema,

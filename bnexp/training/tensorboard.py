@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bnexp.errors import UserError
-from bnexp.evaluation.assessment import Assessment
-from bnexp.runs import STEP_COLUMNS
+from bnexp.evaluation.evaluate import Assessment
+from bnexp.records import STEP_COLUMNS
 from bnexp.statistics import Statistics
 
 

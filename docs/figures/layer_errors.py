@@ -33,9 +33,9 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from bnexp.config import DataConfig, OneCycleSchedule, SgdConfig  # noqa: E402
+from bnexp.config.schema import DataConfig, OneCycleSchedule, SgdConfig  # noqa: E402
 from bnexp.data import Data, load_data  # noqa: E402
-from bnexp.nn.models import build_model  # noqa: E402
+from bnexp.networks import build_model  # noqa: E402
 from bnexp.performance import keep_freed_memory  # noqa: E402
 from bnexp.statistics import (  # noqa: E402
     Statistics,

@@ -47,7 +47,7 @@ RUNS = {
 def train(name: str) -> Path:
     """The folder of the finished run `name`, trained now if it is not there."""
     from bnexp.config import load_config
-    from bnexp.runs import Run
+    from bnexp.records import Run
 
     folder = HERE / "runs" / f"{name}-1"
     config = HERE / "configs" / f"{name}.yaml"

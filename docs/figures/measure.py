@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bnexp.analysis.comparison import compare
 from bnexp.config import load_config
-from bnexp.evaluation.assessment import recompute_population
-from bnexp.evaluation.comparison import compare
+from bnexp.evaluation.evaluate import recompute_population
 from bnexp.evaluation.predictions import evaluate
+from bnexp.records import Run
 from bnexp.report.run_data import RunData
-from bnexp.runs import Run
 from bnexp.statistics import (
     Statistics,
     batch_statistics,

@@ -15,7 +15,7 @@ import torch
 from image_folders import write_images
 from PIL import Image
 
-from bnexp.config import AugmentConfig, DataConfig, LimitConfig
+from bnexp.config.schema import AugmentConfig, DataConfig, LimitConfig
 from bnexp.data import DATA_SETS, catalogue, load_data
 from bnexp.data.memory import InMemorySplit
 from bnexp.data.stream import StreamedSplit
@@ -76,7 +76,7 @@ def test_digits_are_small_and_come_with_source_and_licence():
 
 def test_loading_digits_imports_no_torchvision():
     program = (
-        "import sys, bnexp.data as d; from bnexp.config import DataConfig;"
+        "import sys, bnexp.data as d; from bnexp.config.schema import DataConfig;"
         "d.load_data(DataConfig(name='digits'), 'cpu', 0); assert 'torchvision' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnexp.config import AugmentConfig
+from bnexp.config.schema import AugmentConfig
 from bnexp.data.memory import InMemorySplit
 from bnexp.data.pixels import Normalization
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnexp.config import AugmentConfig
+from bnexp.config.schema import AugmentConfig
 from bnexp.data import sampling
 from bnexp.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
-from bnexp.config import AugmentConfig
+from bnexp.config.schema import AugmentConfig
 from bnexp.data.augmentation import shift_and_flip
 from bnexp.data.sampling import draw_augmentation
 

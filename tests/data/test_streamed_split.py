@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from bnexp.config import AugmentConfig
+from bnexp.config.schema import AugmentConfig
 from bnexp.data.memory import InMemorySplit
 from bnexp.data.pixels import Normalization
 from bnexp.data.stream import ImageFiles, StreamedSplit, decode

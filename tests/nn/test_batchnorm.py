@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 from bnexp.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
-from bnexp.statistics.estimators import Cumulative, Ema, Pooled
+from bnexp.statistics.rules import Cumulative, Ema, Pooled
 from bnexp.statistics.tracker import StatisticsTracker
 
 PAIRS = {

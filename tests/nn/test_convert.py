@@ -12,7 +12,7 @@ from torch import nn
 from bnexp.errors import UserError
 from bnexp.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm, restore_batchnorm
 from bnexp.nn.modes import set_normalization_batch
-from bnexp.statistics.estimators import Ema
+from bnexp.statistics.rules import Ema
 from bnexp.statistics.tracker import StatisticsTracker
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bnexp.evaluation.predictions import evaluate, predict
+from bnexp.networks import build_model
 from bnexp.nn import BatchNorm2d, freeze_batchnorm
 from bnexp.nn.folding import folded
-from bnexp.nn.models import build_model
 from bnexp.statistics import Ema, StatisticsTracker, batchnorm_layers, running_statistics
 
 NETWORKS = {

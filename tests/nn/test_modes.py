@@ -19,7 +19,7 @@ from bnexp.nn import (
     set_normalization_batch,
     unfreeze_batchnorm,
 )
-from bnexp.statistics.estimators import Cumulative, Ema
+from bnexp.statistics.rules import Cumulative, Ema
 from bnexp.statistics.statistics import Statistics, running_statistics
 from bnexp.statistics.tracker import StatisticsTracker
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from bnexp.evaluation.comparison import compare
-from bnexp.evaluation.kinds import config_labels
+from bnexp.analysis.comparison import compare
+from bnexp.condition import config_labels
 from bnexp.evaluation.predictions import Predictions
-from bnexp.runs import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
+from bnexp.records import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
            "Bag", "Ankle boot")  # fmt: skip

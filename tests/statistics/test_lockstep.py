@@ -4,7 +4,7 @@ import pytest
 
 from bnexp.memory_size import format_bytes
 from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep
-from bnexp.statistics.memory import Store
+from bnexp.statistics.spill import Store
 
 
 def test_all_wait_for_all():

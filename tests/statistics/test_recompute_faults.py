@@ -15,7 +15,7 @@ from torch import nn
 
 from bnexp.errors import UserError
 from bnexp.statistics import METHODS, estimate_memory, recompute_statistics
-from bnexp.statistics.memory import Store, memory_bound
+from bnexp.statistics.spill import Store, memory_bound
 
 
 class Fault(nn.Module):

@@ -21,7 +21,7 @@ from bnexp.nn import (
     freeze_batchnorm,
     set_normalization_batch,
 )
-from bnexp.statistics.estimators import Cumulative, Ema, Pooled
+from bnexp.statistics.rules import Cumulative, Ema, Pooled
 from bnexp.statistics.statistics import Statistics, running_statistics
 from bnexp.statistics.tracker import StatisticsTracker
 

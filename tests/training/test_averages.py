@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnexp.config import EmaWeightsConfig, SwaConfig
+from bnexp.config.schema import EmaWeightsConfig, SwaConfig
 from bnexp.training.averages import ParameterAverage
 
 

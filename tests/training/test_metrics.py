@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bnexp.errors import RunFailed
-from bnexp.runs import STEP_COLUMNS, CsvLog
+from bnexp.records import STEP_COLUMNS, CsvLog
 from bnexp.training.metrics import EmaAccuracy, StepLog
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from bnexp.config import (
+from bnexp.config.schema import (
     AdamWConfig,
     ConstantSchedule,
     CosineSchedule,

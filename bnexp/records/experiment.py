@@ -18,17 +18,16 @@ import csv
 import difflib
 import io
 import json
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
+from bnexp.records.csv_log import CsvLog
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,43 +41,6 @@ EVAL_COLUMNS = ("step", "split", "statistics", "accuracy", "loss", "samples", "s
 
 def _to_json(value: dict) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-
-class CsvLog:
-    """An append-only CSV file whose lines are always whole for a reader.
-
-    Opening it on an existing file keeps the rows up to `last_step` and drops what a killed run
-    wrote after its checkpoint, a torn last line included.
-    """
-
-    def __init__(self, path: Path, columns: tuple[str, ...], last_step: int = 0) -> None:
-        header = ",".join(columns) + "\n"
-        kept = [header]
-        if path.exists():
-            for line in path.read_text(errors="replace").splitlines(keepends=True)[1:]:
-                step = line.partition(",")[0]
-                whole = line.endswith("\n") and line.count(",") == len(columns) - 1
-                if whole and step.isdigit() and int(step) <= last_step:
-                    kept.append(line)
-        write_atomically(path, "".join(kept))
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
-
-    def append(self, rows: Iterable[Iterable[object]]) -> None:
-        """Write rows with one system call. Floats are written so that float32 survives."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows(
-            [format(v, ".9g") if isinstance(v, float) else v for v in row] for row in rows
-        )
-        data = text.getvalue().encode()
-        while data:
-            data = data[self._file.write(data) :]
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
 
 
 @dataclass(frozen=True)

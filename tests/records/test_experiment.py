@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from bnexp.atomic import write_atomically
 from bnexp.config import load_config
 from bnexp.errors import UserError
-from bnexp.runs import (
+from bnexp.records import (
     STEP_COLUMNS,
     CsvLog,
     all_runs,
     create_run,
     find_run,
     newest_finished_run,
-    write_atomically,
 )
 
 
@@ -123,7 +123,7 @@ def test_a_run_whose_process_died_is_said_to_be_killed(tmp_path, config):
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from bnexp.runs import Run\n"
+            "import sys; from pathlib import Path; from bnexp.records import Run\n"
             "lock = Run(Path(sys.argv[1])).lock(); lock.acquire(); print('held', flush=True)\n"
             "sys.stdin.read()",
             str(run.path),

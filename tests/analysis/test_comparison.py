@@ -15,8 +15,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
-from bnexp.errors import UserError
-from bnexp.evaluation.comparison import (
+from bnexp.analysis.comparison import (
     compare,
     expected_calibration_error,
     holm,
@@ -27,6 +26,7 @@ from bnexp.evaluation.comparison import (
     t_interval,
     wilson_interval,
 )
+from bnexp.errors import UserError
 from bnexp.evaluation.predictions import Predictions
 
 

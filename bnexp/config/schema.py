@@ -1,17 +1,13 @@
 """The YAML of a run as pydantic models: what can be said, its defaults and its limits.
 
-`load_config` turns a file and `key=value` overrides into a `Config`, or into one line that says
-what is wrong with them. Attribute docstrings become the descriptions of `bnexp config --schema`.
+Attribute docstrings become the descriptions of `bnexp config --schema`.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import types
 import typing
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,12 +16,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from bnexp.errors import UserError
 from bnexp.memory_size import parse_memory
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -455,219 +449,3 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-# ------------------------------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is not a word", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
-
-
-def _read(path: Path) -> dict:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, n=1) or beside[:5]
-        hint = f"; that folder has {', '.join(near)}" if near else ""
-        raise UserError(f"no config at {path}{hint}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the YAML file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    tree = _parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, see configs/digits.yaml")
-    return tree
-
-
-def _override(tree: dict, assignment: str) -> None:
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise UserError(f"{assignment!r} is no override: write key=value, as in training.steps=500")
-    *parents, last = _split(tree, key)
-    node = tree
-    for depth, parent in enumerate(parents):
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            at = ".".join(parents[: depth + 1])
-            raise UserError(f"override {assignment!r}: {at} is {child!r}, not a section")
-        node = child
-    if key in ("training.epochs", "training.steps"):
-        node.pop("epochs", None)
-        node.pop("steps", None)
-    node[last] = _parse_yaml(text, f"override {assignment!r}") if text else None
-
-
-def _split(tree: dict, key: str) -> list[str]:
-    """The parts of a dotted key; names in `tree` that have dots themselves stay whole."""
-    words, parts = key.split("."), []
-    node: Any = tree
-    while words:
-        known = node if isinstance(node, dict) else {}
-        lengths = range(len(words), 0, -1)
-        length = next((n for n in lengths if ".".join(words[:n]) in known), 1)
-        part, words = ".".join(words[:length]), words[length:]
-        parts.append(part)
-        node = known.get(part)
-    return parts
-
-
-def load_config(path: Path, overrides: list[str] = ()) -> Config:
-    """The config in the YAML file at `path`, with dotted `key=value` overrides applied.
-
-    Raises UserError (one line) for a missing or unreadable file, YAML that does not parse, an
-    unknown key, a value of the wrong type or out of range, or sections that contradict each other.
-    """
-    tree = _read(path)
-    words = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
-    tree.setdefault("name", words[:100] or "run")
-    return resolve(tree, overrides, str(path))
-
-
-def resolve(tree: dict, overrides: list[str], source: str) -> Config:
-    """The `Config` of an already parsed mapping; `source` names it in errors."""
-    for assignment in overrides:
-        _override(tree, assignment)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        more = error.error_count() - 1
-        tail = f" (and {more} more)" if more else ""
-        raise UserError(f"{source}: {_explain(first)}{tail}") from None
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models an annotation admits."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, dict):
-        return [m for part in typing.get_args(annotation) for m in _models_in(part)]
-    return []
-
-
-def _keys_at(location: tuple) -> list[str]:
-    """The keys allowed in the section at `location`, a pydantic error location."""
-    models: list[type[BaseModel]] = [Config]
-    for part in location:
-        fields = [m.model_fields[part] for m in models if part in m.model_fields]
-        if fields:
-            models = [m for f in fields for m in _models_in(f.annotation)]
-            continue
-        tagged = [m for m in models if part in _tags(m)]
-        models = tagged or models
-    return sorted({name for m in models for name in m.model_fields})
-
-
-def _tags(model: type[BaseModel]) -> tuple:
-    for field in ("name", "rule"):
-        if field in model.model_fields:
-            annotation = model.model_fields[field].annotation
-            if typing.get_origin(annotation) is Literal:
-                return typing.get_args(annotation)
-    return ()
-
-
-def _dotted(location: tuple) -> str:
-    """The location as the user wrote it, without the tags pydantic inserts for unions."""
-    parts: list[str] = []
-    models: list[type[BaseModel]] = [Config]
-    for part in location:
-        fields = [m.model_fields[part] for m in models if part in m.model_fields]
-        if not fields and any(part in _tags(m) for m in models):
-            models = [m for m in models if part in _tags(m)]
-            continue
-        parts.append(str(part))
-        if fields:
-            models = [m for f in fields for m in _models_in(f.annotation)]
-    return ".".join(parts)
-
-
-def _explain(error: dict) -> str:
-    """One line for one pydantic error."""
-    location, kind, context = error["loc"], error["type"], error.get("ctx", {})
-    key = _dotted(location)
-    if kind == "extra_forbidden":
-        if location[-1] == "momentum" and location[0] != "training":
-            return _momentum_advice(key, error["input"])
-        known = _keys_at(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        if len(location) == 4 and location[1] in ("optimizer", "schedule"):
-            whole = f"{location[0]}.{location[1]}"
-            hint += f" (to change the kind, replace it: {whole}='{{name: {location[2]}, ...}}')"
-        return f"unknown key {key}; {hint}"
-    if kind == "missing":
-        return f"{key} is missing"
-    if kind == "union_tag_not_found":
-        tag = context["discriminator"].strip("'")
-        return f"{key}.{tag} is missing"
-    if kind == "union_tag_invalid":
-        tag = context["discriminator"].strip("'")
-        return f"{key}.{tag} is {context['tag']!r}; allowed: {context['expected_tags']}"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key or 'the config'} must be a section of keys, not {error['input']!r}"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if kind == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key} is {error['input']!r}; {message.removeprefix('input ')}"
-
-
-def _momentum_advice(key: str, value: Any) -> str:
-    advice = "bnexp says decay, the weight kept on the old value; PyTorch's momentum m is decay 1-m"
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
-        advice += f", so for PyTorch's momentum {value:g} write decay: {round(1 - value, 12):g}"
-    return f"{key}: statistics have no momentum here; {advice}"
-
-
-# --------------------------------------------------------------------------------- dotted keys
-
-
-def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; an empty mapping stays a value."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= dotted(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def within(key: str, sections: Iterable[str]) -> bool:
-    """Whether the dotted `key` is one of `sections` or lies in one."""
-    return any(f"{key}.".startswith(f"{section}.") for section in sections)

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
+from bnexp.analysis.comparison import Comparison, compare
+from bnexp.condition import NO_BATCHNORM, config_labels, is_recomputed
 from bnexp.config import Config
 from bnexp.data import Data, Split
-from bnexp.evaluation.comparison import Comparison, compare
-from bnexp.evaluation.kinds import NO_BATCHNORM, config_labels, is_recomputed
 from bnexp.evaluation.predictions import Predictions, evaluate, layer_costs
 from bnexp.statistics import Statistics, batchnorm_layers, layer_drift, recompute_statistics
 from bnexp.statistics.progress import Progress

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnexp.errors import UserError
+from bnexp.networks import MODELS, build_model
 from bnexp.nn import convert
 from bnexp.nn.batchnorm import BatchNorm1d, BatchNorm2d
-from bnexp.nn.models import MODELS, build_model
 
 SHAPES = [(1, (8, 8)), (1, (28, 28)), (3, (32, 32)), (3, (9, 21))]
 
@@ -241,7 +241,7 @@ def test_images_too_small_for_the_small_cnn():
 
 def test_our_networks_need_no_torchvision():
     program = (
-        "import sys; from bnexp.nn.models import build_model;"
+        "import sys; from bnexp.networks import build_model;"
         "build_model('resnet20', channels=3, image_size=(8, 8), num_classes=2);"
         "assert 'torchvision' not in sys.modules"
     )

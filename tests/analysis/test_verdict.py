@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnexp.evaluation.comparison import compare
-from bnexp.evaluation.kinds import compared_kind, config_labels
-from bnexp.evaluation.predictions import Predictions
-from bnexp.evaluation.verdict import (
+from bnexp.analysis.comparison import compare
+from bnexp.analysis.verdict import (
     count,
     p_value,
     percent,
     signed,
     signed_interval,
 )
+from bnexp.condition import compared_kind, config_labels
+from bnexp.evaluation.predictions import Predictions
 
 LABELS = {"running": "running averages (decay 0.9)"}
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnexp.errors import UserError
-from bnexp.statistics.estimators import (
+from bnexp.statistics.rules import (
     Cumulative,
     Ema,
     Pooled,

@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import optimize, stats
 
+from bnexp.condition import default_label
 from bnexp.errors import UserError
-from bnexp.evaluation.kinds import default_label
 
 if TYPE_CHECKING:
     from bnexp.evaluation.predictions import Predictions
@@ -215,7 +215,7 @@ def compare(
 
     Raises UserError where the kinds were not evaluated on the same samples.
     """
-    from bnexp.evaluation.verdict import remarks, verdict
+    from bnexp.analysis.verdict import remarks, verdict
 
     if baseline not in predictions:
         raise UserError(f"the baseline {baseline!r} is not among {', '.join(predictions)}")

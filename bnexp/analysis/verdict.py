@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from bnexp.evaluation.kinds import compared_kind
+from bnexp.condition import compared_kind
 
 if TYPE_CHECKING:
-    from bnexp.evaluation.comparison import Comparison, Interval, KindResult, Paired
+    from bnexp.analysis.comparison import Comparison, Interval, KindResult, Paired
 
 SIGNIFICANT = 0.05
 # Two kinds are said to agree only where the whole 95 % interval of their difference is closer to

@@ -10,7 +10,7 @@ import yaml
 from bnexp.config import Config, load_config
 from bnexp.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = """
 data: {name: digits}
 model: {name: mlp}

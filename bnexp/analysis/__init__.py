@@ -1,0 +1,1 @@
+"""Paired predictions in numbers with their uncertainty, and in words. No torch."""

@@ -1,0 +1,96 @@
+"""One line for what pydantic finds wrong with a config."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel
+
+from bnexp.config.schema import Config
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models an annotation admits."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, dict):
+        return [m for part in typing.get_args(annotation) for m in _models_in(part)]
+    return []
+
+
+def _keys_at(location: tuple) -> list[str]:
+    """The keys allowed in the section at `location`, a pydantic error location."""
+    models: list[type[BaseModel]] = [Config]
+    for part in location:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if fields:
+            models = [m for f in fields for m in _models_in(f.annotation)]
+            continue
+        tagged = [m for m in models if part in _tags(m)]
+        models = tagged or models
+    return sorted({name for m in models for name in m.model_fields})
+
+
+def _tags(model: type[BaseModel]) -> tuple:
+    for field in ("name", "rule"):
+        if field in model.model_fields:
+            annotation = model.model_fields[field].annotation
+            if typing.get_origin(annotation) is Literal:
+                return typing.get_args(annotation)
+    return ()
+
+
+def _dotted(location: tuple) -> str:
+    """The location as the user wrote it, without the tags pydantic inserts for unions."""
+    parts: list[str] = []
+    models: list[type[BaseModel]] = [Config]
+    for part in location:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if not fields and any(part in _tags(m) for m in models):
+            models = [m for m in models if part in _tags(m)]
+            continue
+        parts.append(str(part))
+        if fields:
+            models = [m for f in fields for m in _models_in(f.annotation)]
+    return ".".join(parts)
+
+
+def explain(error: dict) -> str:
+    """One line for one pydantic error."""
+    location, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    key = _dotted(location)
+    if kind == "extra_forbidden":
+        if location[-1] == "momentum" and location[0] != "training":
+            return _momentum_advice(key, error["input"])
+        known = _keys_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        if len(location) == 4 and location[1] in ("optimizer", "schedule"):
+            whole = f"{location[0]}.{location[1]}"
+            hint += f" (to change the kind, replace it: {whole}='{{name: {location[2]}, ...}}')"
+        return f"unknown key {key}; {hint}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "union_tag_not_found":
+        tag = context["discriminator"].strip("'")
+        return f"{key}.{tag} is missing"
+    if kind == "union_tag_invalid":
+        tag = context["discriminator"].strip("'")
+        return f"{key}.{tag} is {context['tag']!r}; allowed: {context['expected_tags']}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key or 'the config'} must be a section of keys, not {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} is {error['input']!r}; {message.removeprefix('input ')}"
+
+
+def _momentum_advice(key: str, value: Any) -> str:
+    advice = "bnexp says decay, the weight kept on the old value; PyTorch's momentum m is decay 1-m"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        advice += f", so for PyTorch's momentum {value:g} write decay: {round(1 - value, 12):g}"
+    return f"{key}: statistics have no momentum here; {advice}"
