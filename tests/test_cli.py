@@ -298,6 +298,29 @@ def test_help_and_import_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize(
+    "arguments, unwanted",
+    [
+        (["train", "--help"], ("torch", "scipy", "numpy")),
+        (["config", "configs/digits.yaml"], ("torch", "numpy")),
+        (["config", "--schema"], ("torch", "numpy")),
+        (["runs"], ("torch", "matplotlib")),
+        (["train", "configs/digits.yaml", "training.stpes=1"], ("torch",)),
+        (["eval", "--method", "none"], ("torch",)),
+    ],
+    ids=" ".join,
+)
+def test_what_answers_at_once_imports_nothing_heavy(arguments, unwanted):
+    code = (
+        "import sys, bnexp.cli\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "try: bnexp.cli.main()\n"
+        "except SystemExit: pass\n"
+        f"assert not {{*{unwanted}}} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
 def test_python_m_bnexp():
     done = subprocess.run(
         [sys.executable, "-m", "bnexp", "--help"], capture_output=True, text=True, cwd=ROOT
