@@ -13,7 +13,8 @@ from bnexp.condition import NO_BATCHNORM, config_labels, is_recomputed
 from bnexp.config import Config
 from bnexp.data import Data, Split
 from bnexp.evaluation.predictions import Predictions, evaluate, layer_costs
-from bnexp.statistics import Statistics, batchnorm_layers, layer_drift, recompute_statistics
+from bnexp.nn.find import batchnorm_layers, layer_eps
+from bnexp.statistics import Statistics, layer_drift, recompute_statistics
 from bnexp.statistics.progress import Progress
 
 EXACT_CHUNK = 100
@@ -165,7 +166,7 @@ def compare_assessment(
         of_averaged_weights = "/" in kind and not is_recomputed(kind)
         if statistics is None or of_averaged_weights:
             continue
-        drift = [asdict(row) for row in layer_drift(reference, statistics, config.model.eps)]
+        drift = [asdict(row) for row in layer_drift(reference, statistics, layer_eps(model))]
         if is_recomputed(kind):
             costs = layer_costs(
                 model,

@@ -1,66 +1,24 @@
-"""The batch-normalization layers of a model: finding them, and standing in for them."""
+"""Standing in for the batch normalization layers of a model."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bnexp.errors import UserError
-from bnexp.nn.batchnorm import TrackedBatchNorm
+from bnexp.nn.find import is_plain
+from bnexp.torch_internals import BatchNormBase
 
 # (name of the layer, input, weight, bias, eps) -> normalized input
 Normalize = Callable[[str, Tensor, Tensor | None, Tensor | None, float], Tensor]
 
 
-def original_module(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, or `model` itself.
-
-    Layers are thus named alike with and without compiling.
-    """
-    return getattr(model, "_orig_mod", model)
-
-
-def batchnorm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> BN layer (`torch.nn`'s or bnexp's), in module order.
-
-    A layer registered under several names appears once, under the first. A model wrapped by
-    `torch.compile` has the names of the model inside. Mutates nothing.
-
-    Raises UserError for BN layers inside TorchScript, which cannot be reached, and for lazy
-    layers that have not seen their first batch.
-    """
-    layers = {}
-    for name, module in original_module(model).named_modules():
-        if isinstance(module, _BatchNorm):
-            if is_lazy(module.weight) or is_lazy(module.running_mean):
-                raise UserError(
-                    f"BN layer {name!r} is lazy and has no shape yet: run the model once first"
-                )
-            layers[name] = module
-        elif isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name:
-            raise UserError(
-                f"BN layer {name!r} is compiled by TorchScript and cannot be reached: "
-                "use the model it was scripted or traced from"
-            )
-    return layers
-
-
-def settle(layers: Iterable[nn.Module]) -> None:
-    """Let the trackers of bnexp's layers take in the last mini-batch, so buffers are up to date."""
-    for layer in layers:
-        if isinstance(layer, TrackedBatchNorm):
-            layer.settle()
-
-
 @contextlib.contextmanager
-def normalized_by(layers: dict[str, nn.Module], normalize: Normalize) -> Iterator[None]:
+def normalized_by(layers: Mapping[str, BatchNormBase], normalize: Normalize) -> Iterator[None]:
     """Within the block `normalize` does the work of the layers, whose buffers are not touched.
 
     A layer of torch's or bnexp's own class is stood in for as a whole. A subclass with a
@@ -68,17 +26,14 @@ def normalized_by(layers: dict[str, nn.Module], normalize: Normalize) -> Iterato
     inference mode, and only its call of `F.batch_norm` is answered; a subclass that makes no
     such call raises UserError, rather than being guessed at.
     """
-    plain = (_BatchNorm.forward, SyncBatchNorm.forward, TrackedBatchNorm.forward)
     saved = []
     try:
         for name, layer in layers.items():
             attributes = vars(layer)
             saved.append((layer, layer.training, attributes.get("forward")))
             layer.training = False
-            if type(layer).forward in plain and "forward" not in attributes:
-                attributes["forward"] = _stand_in(name, layer, normalize)
-            else:
-                attributes["forward"] = _intercepted(name, layer, normalize)
+            stand_in = _stand_in if is_plain(layer) else _intercepted
+            attributes["forward"] = stand_in(name, layer, normalize)
         yield
     finally:
         for layer, training, forward in saved:
@@ -89,7 +44,7 @@ def normalized_by(layers: dict[str, nn.Module], normalize: Normalize) -> Iterato
                 vars(layer)["forward"] = forward
 
 
-def _stand_in(name: str, layer: nn.Module, normalize: Normalize) -> Callable:
+def _stand_in(name: str, layer: BatchNormBase, normalize: Normalize) -> Callable:
     def forward(input: Tensor) -> Tensor:
         layer._check_input_dim(input)
         return normalize(name, input, layer.weight, layer.bias, layer.eps)
@@ -97,7 +52,7 @@ def _stand_in(name: str, layer: nn.Module, normalize: Normalize) -> Callable:
     return forward
 
 
-def _intercepted(name: str, layer: nn.Module, normalize: Normalize) -> Callable:
+def _intercepted(name: str, layer: BatchNormBase, normalize: Normalize) -> Callable:
     own = layer.forward
 
     def forward(*args, **kwargs):
