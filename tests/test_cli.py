@@ -100,9 +100,10 @@ def test_whole_train_accuracy_is_that_of_the_checkpoint(bnexp, quick):
     from bnexp.data import load_data
     from bnexp.networks import build_model
     from bnexp.training.checkpoints import newest_checkpoint
+    from bnexp.training.session import data_settings
 
     config = run.load_config()
-    data = load_data(config.data, torch.device("cpu"), config.seed)
+    data = load_data(data_settings(config.data), seed=config.seed, device="cpu")
     info = data.info
     model = build_model(
         "small-cnn",
