@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from bnexp.errors import UserError
+from bnexp.nn.calls import AnsweredCalls, BatchNormCall
 from bnexp.nn.find import is_plain
 from bnexp.torch_internals import BatchNormBase
 
@@ -55,41 +53,13 @@ def _stand_in(name: str, layer: BatchNormBase, normalize: Normalize) -> Callable
 def _intercepted(name: str, layer: BatchNormBase, normalize: Normalize) -> Callable:
     own = layer.forward
 
+    def answer(call: BatchNormCall) -> Tensor:
+        return normalize(name, call.input, call.weight, call.bias, call.eps)
+
     def forward(*args, **kwargs):
-        with _Interceptor(name, normalize) as interceptor:
+        with AnsweredCalls(name, layer, answer) as calls:
             result = own(*args, **kwargs)
-        if not interceptor.called:
-            raise UserError(
-                f"BN layer {name!r} is a {type(layer).__name__} with a forward of its own that "
-                "does not call torch.nn.functional.batch_norm: bnexp cannot tell what it normalizes"
-            )
+        calls.check()
         return result
 
     return forward
-
-
-class _Interceptor(TorchFunctionMode):
-    def __init__(self, name: str, normalize: Normalize) -> None:
-        super().__init__()
-        self._name = name
-        self._normalize = normalize
-        self.called = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.batch_norm:
-            return func(*args, **(kwargs or {}))
-        self.called = True
-        return self._batch_norm(*args, **(kwargs or {}))
-
-    def _batch_norm(
-        self,
-        input,
-        running_mean,
-        running_var,
-        weight=None,
-        bias=None,
-        training=False,
-        momentum=0.1,
-        eps=1e-5,
-    ):
-        return self._normalize(self._name, input, weight, bias, eps)
