@@ -18,7 +18,7 @@ from torch import Tensor
 from bnexp.errors import UserError
 from bnexp.memory_size import format_bytes
 from bnexp.nn.inference import ModelState
-from bnexp.nn.layers import normalized_by
+from bnexp.nn.intercept import normalized_by
 from bnexp.statistics.forward import Done, Normalizer, Population, Task, copied, no_batches
 from bnexp.statistics.layer_by_layer import (
     Call,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnexp.errors import UserError
 from bnexp.nn.inference import ModelState, random_states_kept
-from bnexp.nn.layers import Normalize, normalized_by
+from bnexp.nn.intercept import Normalize, normalized_by
 from bnexp.statistics.forward import (
     Done,
     Normalizer,

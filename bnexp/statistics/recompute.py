@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
+from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import eagerly, inference
-from bnexp.nn.layers import batchnorm_layers, normalized_by, original_module
-from bnexp.ranks import require_alone
+from bnexp.nn.intercept import normalized_by
+from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics.exact import MemoryEstimate, exact, memory_estimate
 from bnexp.statistics.forward import Calls, Forward, Population, Runner, Task, device_of, need_two
 from bnexp.statistics.per_batch import batch_mean, pooled
 from bnexp.statistics.progress import Progress, Report, reporting
 from bnexp.statistics.spill import memory_bound
 from bnexp.statistics.statistics import Statistics
+from bnexp.torch_internals import original_module
 
 Method = Literal["batch-mean", "pooled", "exact"]
 
@@ -45,6 +47,7 @@ def recompute_statistics(
     forward: Forward | None = None,
     stop_after: str | None = None,
     calls: Calls = "each",
+    ranks: Ranks | None = None,
 ) -> Statistics:
     """Population mean and variance of the inputs of every BN layer, over all of `batches`.
 
@@ -104,7 +107,7 @@ def recompute_statistics(
         raise UserError(f"calls={calls!r} is unknown: choose {', '.join(get_args(Calls))}")
     if calls == "joint" and (method != "exact" or stop_after is not None):
         raise UserError("calls='joint' is of method='exact', without stop_after")
-    require_alone("recompute_statistics")
+    choose_ranks(ranks, "recomputing statistics")
     with (
         reporting(progress, method) as report,
         _task(model, batches, device, memory, forward, stop_after, calls, report) as task,

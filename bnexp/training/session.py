@@ -10,19 +10,18 @@ import torch
 from torch import nn
 
 from bnexp.config import Config
-from bnexp.config.schema import CumulativeConfig, EmaConfig
-from bnexp.data import load_data
-from bnexp.data.split import Data
+from bnexp.config.schema import CumulativeConfig, DataConfig, EmaConfig
+from bnexp.data import Augmentation, Data, DataSettings, load_data
 from bnexp.errors import UserError
 from bnexp.networks import build_model
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
+from bnexp.nn.find import batchnorm_layers
 from bnexp.statistics import (
     Cumulative,
     Ema,
     Pooled,
     Statistics,
     StatisticsTracker,
-    batchnorm_layers,
 )
 from bnexp.training.averages import ParameterAverage
 from bnexp.training.metrics import EmaAccuracy
@@ -40,6 +39,19 @@ def _estimators(config: Config) -> dict:
         else:
             estimators[name] = Pooled(window=rule.window)
     return estimators
+
+
+def data_settings(config: DataConfig) -> DataSettings:
+    return DataSettings(
+        name=config.name,
+        root=config.root,
+        val_fraction=config.val_fraction,
+        augmentation=Augmentation(config.augment.crop_padding, config.augment.flip),
+        image_size=config.image_size,
+        workers=config.workers,
+        limit_train=config.limit.train,
+        limit_test=config.limit.test,
+    )
 
 
 class Session:
@@ -63,7 +75,7 @@ class Session:
         training = config.training
         self.config = config
         self.device = device
-        self.data = data or load_data(config.data, device, config.seed)
+        self.data = data or load_data(data_settings(config.data), seed=config.seed, device=device)
         if training.early_stopping and self.data.val is None:
             raise UserError(
                 "training.early_stopping needs validation images: set data.val_fraction"
