@@ -7,14 +7,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn, overrides
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # noqa: F401
+from torch.nn.parameter import is_lazy  # noqa: F401
 from torch.utils import _python_dispatch
 
 Function = TypeVar("Function", bound=Callable)
 SavedTensorHooks = tuple[Callable, Callable]
-
-__all__ = ["BatchNormBase", "has_hooks", "in_backward", "is_lazy", "original_module"]
 
 
 def original_module(model: nn.Module) -> nn.Module:

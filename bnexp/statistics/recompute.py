@@ -88,6 +88,8 @@ def recompute_statistics(
             on whatever device; its result is ignored.
         stop_after: name of the last BN layer wanted. Nothing behind its first call runs, and
             only layers reached by then are in the result.
+        ranks: which processes work together; in a process group of several ranks it must be
+            chosen.
 
     Returns:
         Statistics with float64 tensors on the CPU, `count` in values per channel. A layer called
