@@ -239,10 +239,10 @@ class _Sweep:
 
     Passes hand things on by attributes, hooks or globals, which other passes overwrite while they
     wait; or they set something that all share and put it back later. In modules this is seen when
-    the batches meet. Elsewhere it is seen by running some batches again, alone: they must see what
-    they saw among the others. The second does not, wherever any does: with what is set and put
-    back the first is right, with what is handed on the last. The last, since it may be of another
-    size; with up to three batches, the first.
+    the batches meet, and so are blocks that may put something back. What is left is seen by
+    running the second batch again, alone: it must see what it saw among the others. Where any
+    batch doesn't, it doesn't: of what is set and put back the first sees the right thing, of what
+    is handed on the last, and of a stack of three the second, so up to three the first runs, too.
     """
 
     def __init__(
@@ -289,9 +289,8 @@ class _Sweep:
 
     def _jobs(self, batches: Iterator) -> Iterator[Callable[[], None]]:
         for number, batch in enumerate(batches):
-            if number > 2:
-                del self._kept[number - 1]
-            self._kept[number] = batch
+            if number < 2:
+                self._kept[number] = batch
             yield functools.partial(self._job, number, [batch])
 
     def _job(self, number: int, cell: list) -> None:
@@ -310,7 +309,7 @@ class _Sweep:
             raise Dependent(change)
         call = PopulationCall.of([None if item is FINISHED else item for item in items])
         self.population.append(call)
-        for number in {1, len(items) - 1, *([0] if len(items) <= 3 else [])}:
+        for number in (0, 1) if len(items) <= 3 else (1,):
             self._seen.setdefault(number, []).append(items[number].moments)
         return STOP if call.name == self._task.stop_after else call.normalizer
 

@@ -66,11 +66,16 @@ def recompute_statistics(
         normalize with *their* population statistics. Equal to one training-mode forward pass
         with all samples as a single batch, however they are split into batches. One sweep: all
         batches' forward passes advance in lockstep from BN layer to BN layer, and what waits
-        there takes memory in proportion to the number of samples.
+        there takes memory in proportion to the number of samples. Where passes may influence one
+        another (they set something around a BN layer, or hand things on by attributes or
+        globals), a warning says so, and they run one after the other instead, once per BN layer:
+        the memory of one batch, and so much slower.
 
-    Everything but BN runs in inference mode, without gradients. The model, its buffers, training
-    flags and hooks, and the RNG states (torch's, numpy's, Python's) are as before when this
-    returns or raises; copying the result into the model is a separate step.
+    Everything but BN runs in inference mode, without gradients. What the modules hold (buffers,
+    training flags, hooks, attributes), torch's and Python's settings that passes take along
+    (default dtype, attention kernels, `sys.stdout`, ...), the batches and the RNG states (torch's,
+    numpy's, Python's) are as before when this returns or raises; copying the result into the model
+    is a separate step.
 
     Args:
         model: any module with BN layers of `torch.nn` or bnexp, or subclasses of them that call
