@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from bnexp.errors import UserError
 from bnexp.memory_size import format_bytes
-from bnexp.nn.layers import normalized_by
+from bnexp.nn.intercept import normalized_by
 from bnexp.statistics.forward import (
     Done,
     Fixed,

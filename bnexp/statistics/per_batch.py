@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from bnexp.nn.layers import normalized_by
+from bnexp.nn.intercept import normalized_by
 from bnexp.statistics.forward import (
     Done,
     by_its_own,

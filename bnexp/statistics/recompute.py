@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
+from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import eagerly, inference
-from bnexp.nn.layers import batchnorm_layers, normalized_by, original_module
+from bnexp.nn.intercept import normalized_by
 from bnexp.statistics.exact import Exact, MemoryEstimate, belongs_to_caller
 from bnexp.statistics.forward import (
     device_of,
@@ -30,6 +31,7 @@ from bnexp.statistics.per_batch import PerBatch
 from bnexp.statistics.progress import Progress, reporting
 from bnexp.statistics.spill import memory_bound
 from bnexp.statistics.statistics import Statistics
+from bnexp.torch_internals import original_module
 
 METHODS = ("batch-mean", "pooled", "exact")
 
