@@ -59,22 +59,23 @@ def evaluate(
 
     from bnexp.device import describe_device, resolve_device
     from bnexp.performance import allow_tf32
-    from bnexp.training.session import Session
+    from bnexp.training.trained import load_trained
 
     allow_tf32(config.performance.tf32)
     resolved = resolve_device(device or config.device)
-    session = Session(config, resolved)
-    weights = weights or found.state.get("weights", "last")
-    model = _load(found, session, weights)
+    weights = weights or found.state["weights"]
+    trained = load_trained(found.path, config, resolved, weights)
+    for line in trained.passed_over:
+        print(f"bnexp: {line}", file=sys.stderr)
     if not as_json:
         print(
-            f"{found.path}: {config.model.name} after {session.step:,} steps, {weights} weights, "
+            f"{found.path}: {config.model.name} after {trained.step:,} steps, {weights} weights, "
             f"on {describe_device(resolved)}",
             file=sys.stderr,
         )
-    comparison = _compare(session, model, recompute_stats, methods, batch, not as_json)
+    comparison = _compare(trained, config, resolved, recompute_stats, methods, batch, not as_json)
     if as_json:
-        head = {"run": str(found.path), "step": session.step, "weights": weights}
+        head = {"run": str(found.path), "step": trained.step, "weights": weights}
         print(json.dumps({**head, **comparison.to_dict()}, indent=2, allow_nan=False))
     else:
         from bnexp.cli.tables import print_comparison
@@ -91,44 +92,18 @@ def _with(run: Run, method: str | None, samples: int | None) -> Config:
     return resolve(run.config, overrides, f"{run.path}/config.yaml")
 
 
-def _load(run, session, weights: str):
-    """The model to evaluate, with the run's estimates in the session."""
-    from bnexp.errors import UserError
-    from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint
-
-    if weights == "best":
-        state, passed_over = load_checkpoint(run.checkpoints / "best.pt"), []
-    else:
-        state, passed_over = newest_checkpoint(run.checkpoints)
-    if state is None:
-        raise UserError(f"{run.path} has no checkpoint yet; go on: bnexp train --resume {run.path}")
-    for line in passed_over:
-        print(f"bnexp: {line}", file=sys.stderr)
-    session.load_weights(state)
-    session.step = state["step"]
-    if weights in ("last", "best"):
-        return session.model
-    if weights not in session.averages:
-        raise UserError(
-            f"{run.path} has no {weights} weights: training.averages.{weights} was not set"
-        )
-    session.averages[weights].load_state_dict(state["averages"][weights])
-    if not session.averages[weights].count:
-        raise UserError(f"{run.path} has not averaged any {weights} weights yet")
-    return session.averaged_model(weights)
-
-
-def _compare(session, model, recompute_stats, methods, batch, show_progress):
+def _compare(trained, config, device, recompute_stats, methods, batch, show_progress):
     from bnexp.evaluation.evaluate import assess, compare_assessment, kinds_to_assess
+    from bnexp.training.build import autocast
 
     wanted = ["recomputed"] * recompute_stats + ["batch"] * batch
-    data, config = session.data, session.config
-    with session.autocast():
+    model, data = trained.model, trained.data
+    with autocast(config, device):
         kinds = kinds_to_assess(
             model,
             data,
             config,
-            session.estimates(),
+            trained.estimates,
             wanted,
             methods,
             progress=show_progress and sys.stderr.isatty(),
