@@ -1,4 +1,4 @@
-"""The command line. Commands import what is heavy when they run, so that `--help` is quick."""
+"""The command line: the commands, and how each of them ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ import sys
 
 import typer
 
-from bnexp.cli.compare import compare
-from bnexp.cli.config import config
-from bnexp.cli.eval import evaluate
-from bnexp.cli.report import report
-from bnexp.cli.runs import runs
-from bnexp.cli.train import train
+from bnexp.cli import commands
+from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
 
 app = typer.Typer(
     help="Train CNNs with batch normalization and measure what its moving averages are worth.",
@@ -23,12 +19,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(report)
-app.command()(runs)
-app.command()(compare)
-app.command()(config)
+app.command()(commands.train)
+app.command("eval")(commands.evaluate)
+app.command()(commands.report)
+app.command()(commands.runs)
+app.command()(commands.compare)
+app.command()(commands.config)
 
 
 @app.callback(invoke_without_command=True)
@@ -44,8 +40,6 @@ def _version(
 
 def main() -> None:
     """Run the command line; errors that have an answer end in one line and their exit code."""
-    from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError
-
     interrupted = False
 
     def interrupt(*_) -> None:
@@ -80,8 +74,6 @@ def _prepare_streams() -> None:
 
 
 def _fail_if_explained(error: BaseException) -> None:
-    from bnexp.errors import disk_failure
-
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         sys.exit(1)

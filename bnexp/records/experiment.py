@@ -224,8 +224,7 @@ _CONFIG: tuple[tuple[str, str, type | tuple[type, ...]], ...] = (
 
 
 def _a(kind: type | tuple[type, ...]) -> str:
-    words = {str: "text", dict: "section"}
-    return "number" if isinstance(kind, tuple) else words.get(kind, "number")
+    return "text" if kind is str else "section" if kind is dict else "number"
 
 
 def _is_count(value: object) -> bool:

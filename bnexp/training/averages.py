@@ -77,16 +77,15 @@ class SwaWeights(WeightAverage):
 def averaged_parameters(state: dict, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The averages in a checkpoint. UserError where they don't fit `parameters`."""
     tensors, count = state.get("average"), state.get("count")
-    fits = (
+    if (
         isinstance(count, int)
         and isinstance(tensors, list)
         and all(isinstance(t, Tensor) for t in tensors)
         and [(t.shape, t.dtype) for t in tensors] == [(p.shape, p.dtype) for p in parameters]
         and all(bool(t.isfinite().all()) for t in tensors)
-    )
-    if not fits:
-        raise UserError("the checkpoint's averaged weights are not those of this model")
-    return tensors
+    ):
+        return tensors
+    raise UserError("the checkpoint's averaged weights are not those of this model")
 
 
 @torch.no_grad()

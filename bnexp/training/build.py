@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from bnexp.config import Config
-from bnexp.config.schema import CumulativeConfig, EmaConfig
-from bnexp.data import load_data
-from bnexp.data.split import Data
+from bnexp.config.schema import CumulativeConfig, DataConfig, EmaConfig
+from bnexp.data import Augmentation, Data, DataSettings, load_data
 from bnexp.errors import UserError
 from bnexp.networks import build_model
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
 from bnexp.statistics import Cumulative, Ema, Pooled, StatisticsTracker, batchnorm_layers
+from bnexp.statistics.rules import Estimator
 from bnexp.training.averages import EmaWeights, SwaWeights, WeightAverage
 from bnexp.training.guards import Best, Collapse, EarlyStopping, Plateau
 from bnexp.training.metrics import EmaAccuracy
@@ -53,7 +53,7 @@ def build_training(config: Config, device: torch.device, data: Data | None = Non
     where the data or the network are not what the config needs.
     """
     training = config.training
-    data = data or load_data(config.data, device, config.seed)
+    data = data or load_data(data_settings(config.data), seed=config.seed, device=device)
     if training.early_stopping and data.val is None:
         raise UserError("training.early_stopping needs validation images: set data.val_fraction")
     if "batch" in config.test.statistics and len(data.test) < 2:
@@ -77,6 +77,19 @@ def build_training(config: Config, device: torch.device, data: Data | None = Non
         best=EarlyStopping(stopping) if stopping else Best(),
     )
     return Training(config, device, data, state, steps_per_epoch, total_steps)
+
+
+def data_settings(config: DataConfig) -> DataSettings:
+    return DataSettings(
+        name=config.name,
+        root=config.root,
+        val_fraction=config.val_fraction,
+        augmentation=Augmentation(config.augment.crop_padding, config.augment.flip),
+        image_size=config.image_size,
+        workers=config.workers,
+        limit_train=config.limit.train,
+        limit_test=config.limit.test,
+    )
 
 
 def build_network(config: Config, data: Data, device: torch.device) -> nn.Module:
@@ -123,8 +136,8 @@ def freeze_when_due(training: Training) -> None:
         freeze_batchnorm(state.model)
 
 
-def _estimators(config: Config) -> dict:
-    estimators = {"running": Ema(config.statistics.decay)}
+def _estimators(config: Config) -> dict[str, Estimator]:
+    estimators: dict[str, Estimator] = {"running": Ema(config.statistics.decay)}
     for name, rule in config.statistics.estimators.items():
         if isinstance(rule, EmaConfig):
             estimators[name] = Ema(rule.decay, debias=rule.debias)

@@ -115,7 +115,7 @@ def newest_checkpoint(folder: Path) -> tuple[dict | None, list[str]]:
     None if the run died before its first checkpoint; UserError if there are only damaged ones.
     """
     paths = [path for path in [*step_checkpoints(folder), folder / "best.pt"] if path.exists()]
-    damaged = []
+    damaged: list[UserError] = []
     for path in paths:
         try:
             return load_checkpoint(path), [f"{error}; using the one before" for error in damaged]

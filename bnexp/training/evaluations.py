@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -73,9 +73,7 @@ class Evaluations:
                 kinds = self._kinds(model, ["recomputed"])
                 if state.tracker:
                     kinds = {kind: kinds[kind] for kind in ("recomputed", "running")}
-                found = assess(
-                    model, training.data.test, training.config, kinds, prefix=f"{name}/"
-                )
+                found = assess(model, training.data.test, training.config, kinds, prefix=f"{name}/")
             self._averaged = merge(self._averaged, found)
 
     def evaluate_best(self, checkpoints: Path) -> None:
@@ -92,11 +90,9 @@ class Evaluations:
         training = self._training
         found = merge(self._found, self._averaged)
         with autocast(training.config, training.device):
-            return compare_assessment(
-                found, training.state.model, training.data, training.config
-            )
+            return compare_assessment(found, training.state.model, training.data, training.config)
 
-    def _kinds(self, model: nn.Module, wanted: list[str]) -> dict:
+    def _kinds(self, model: nn.Module, wanted: Sequence[str]) -> dict:
         training = self._training
         return kinds_to_assess(
             model, training.data, training.config, training.state.estimates(), wanted

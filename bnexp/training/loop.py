@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnexp.analysis.comparison import Comparison
 from bnexp.errors import Interrupted, RunFailed
@@ -93,7 +93,10 @@ def train_steps(
 
 
 def train_step(
-    training: Training, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], lr: float
+    training: Training,
+    model: Callable[[Tensor], Tensor],
+    batches: Iterator[tuple[Tensor, Tensor]],
+    lr: float,
 ) -> tuple[Tensor, Tensor]:
     """One update of the weights and the estimators: its loss and how many answers were right.
 

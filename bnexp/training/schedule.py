@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from bnexp.config.schema import CheckpointsConfig, OneCycleSchedule, ScheduleConfig
+from bnexp.config.schema import CheckpointsConfig, ScheduleConfig
 
 
 def learning_rate(

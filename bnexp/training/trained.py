@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from bnexp.config import Config
-from bnexp.data import load_data
-from bnexp.data.split import Data
+from bnexp.data import Data, load_data
 from bnexp.errors import UserError
 from bnexp.statistics import Statistics
 from bnexp.training.averages import averaged_parameters, with_parameters
-from bnexp.training.build import build_network, track
+from bnexp.training.build import build_network, data_settings, track
 from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint
 from bnexp.training.state import load_weights
 
@@ -41,14 +40,14 @@ def load_trained(run: Path, config: Config, device: torch.device, weights: str) 
     Seeds torch's global generator. Raises UserError where the run has no such weights.
     """
     checkpoints = run / "checkpoints"
+    passed_over: list[str] = []
     if weights == "best":
-        state, passed_over = load_checkpoint(checkpoints / "best.pt"), []
+        state: dict[str, Any] | None = load_checkpoint(checkpoints / "best.pt")
     else:
-        newest, passed_over = newest_checkpoint(checkpoints)
-        if newest is None:
-            raise UserError(f"{run} has no checkpoint yet; go on: bnexp train --resume {run}")
-        state = newest
-    data = load_data(config.data, device, config.seed)
+        state, passed_over = newest_checkpoint(checkpoints)
+    if state is None:
+        raise UserError(f"{run} has no checkpoint yet; go on: bnexp train --resume {run}")
+    data = load_data(data_settings(config.data), seed=config.seed, device=device)
     model = build_network(config, data, device)
     tracker = track(model, config)
     load_weights(model, tracker, state)
@@ -58,9 +57,7 @@ def load_trained(run: Path, config: Config, device: torch.device, weights: str) 
     return Trained(model, estimates, data, state["step"], passed_over)
 
 
-def _averaged(
-    model: nn.Module, averages: Mapping[str, Any], weights: str, run: Path
-) -> nn.Module:
+def _averaged(model: nn.Module, averages: Mapping[str, Any], weights: str, run: Path) -> nn.Module:
     if weights not in averages:
         raise UserError(f"{run} has no {weights} weights: training.averages.{weights} was not set")
     parameters = averaged_parameters(averages[weights], list(model.parameters()))
