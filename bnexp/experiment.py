@@ -172,7 +172,7 @@ def _write_end(run: Run, training: Training, state: str, message: str) -> None:
 
 
 def _unmet_expectation(config: Config, comparison: Comparison) -> str | None:
-    wanted, found = config.expect.test_accuracy, comparison.kinds[0].accuracy
+    wanted, found = config.expect.test_accuracy, comparison.base.accuracy
     if wanted is None or found >= wanted:
         return None
     return f"expect.test_accuracy: {wanted:.2%} was expected, {found:.2%} was reached"

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
+from bnexp.condition import made_by
 from bnexp.config import Config, resolve
 from bnexp.config.schema import RECOMPUTE_METHODS
 from bnexp.errors import UserError
 from bnexp.performance import allow_tf32, keep_freed_memory
 from bnexp.records import Run, find_run, newest_finished_run
+
+if TYPE_CHECKING:
+    from bnexp.training.trained import Trained
 
 WEIGHTS = ("last", "best", "ema", "swa")
 
@@ -51,7 +56,7 @@ def run_eval(
             f"on {describe_device(resolved)}",
             file=sys.stderr,
         )
-    comparison = _compare(trained, config, resolved, recompute_stats, methods, batch, not as_json)
+    comparison = _compare(trained, recompute_stats, methods, batch, not as_json)
     if as_json:
         head = {"run": str(found.path), "step": trained.step, "weights": weights}
         print(json.dumps({**head, **comparison.to_dict()}, indent=2, allow_nan=False))
@@ -68,21 +73,23 @@ def _with(run: Run, method: str | None, samples: int | None) -> Config:
     return resolve(run.config, overrides, f"{run.path}/config.yaml")
 
 
-def _compare(trained, config, device, recompute_stats, methods, batch, show_progress):
-    from bnexp.evaluation.evaluate import assess, compare_assessment, kinds_to_assess
+def _compare(trained: Trained, recompute: bool, methods: list, batch: bool, show_progress: bool):
+    from bnexp.evaluation.evaluate import compare_evaluation, evaluate
     from bnexp.training.build import autocast
+    from bnexp.training.subject import run_sources, run_subject
 
-    wanted = ["recomputed"] * recompute_stats + ["batch"] * batch
-    model, data = trained.model, trained.data
-    with autocast(config, device):
-        kinds = kinds_to_assess(
-            model,
-            data,
-            config,
+    config = trained.config
+    subject = run_subject(trained.model, trained.data, config)
+    with autocast(config, trained.device):
+        sources = run_sources(
+            subject,
             trained.estimates,
-            wanted,
-            methods,
+            config,
+            recompute=recompute,
+            batch=batch,
+            weights=trained.weights,
+            methods=methods,
             progress=show_progress and sys.stderr.isatty(),
         )
-        found = assess(model, data.test, config, kinds)
-        return compare_assessment(found, model, data, config)
+        found = evaluate(subject, sources, fold=config.performance.fold_batchnorm)
+        return compare_evaluation(subject, found, made_by(config.model_dump(mode="json")))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bnexp.condition import Weights
 from bnexp.config import Config
 from bnexp.config.schema import CumulativeConfig, DataConfig, EmaConfig
 from bnexp.data import Augmentation, Data, DataSettings, load_data
@@ -150,8 +151,8 @@ def _estimators(config: Config) -> dict[str, Estimator]:
 
 def _averages(
     config: Config, model: nn.Module, steps_per_epoch: int, total_steps: int
-) -> dict[str, WeightAverage]:
-    averages: dict[str, WeightAverage] = {}
+) -> dict[Weights, WeightAverage]:
+    averages: dict[Weights, WeightAverage] = {}
     if ema := config.training.averages.ema:
         averages["ema"] = EmaWeights(model, ema.decay, ema.warmup)
     if swa := config.training.averages.swa:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
 
 from bnexp.analysis.comparison import Comparison
+from bnexp.condition import Condition, Weights, made_by
+from bnexp.data import Split
 from bnexp.errors import NotFinite, RunFailed
-from bnexp.evaluation.evaluate import (
-    Assessment,
-    assess,
-    compare_assessment,
-    kinds_to_assess,
-    merge,
-)
+from bnexp.evaluation.evaluate import Evaluation, Source, compare_evaluation, evaluate
 from bnexp.training.averages import with_parameters
 from bnexp.training.build import Training, autocast
 from bnexp.training.checkpoints import load_checkpoint
 from bnexp.training.display import Display
 from bnexp.training.logs import Logs
 from bnexp.training.state import load_weights
+from bnexp.training.subject import run_sources, run_subject
 
 
 class Evaluations:
@@ -33,25 +30,25 @@ class Evaluations:
         self._training = training
         self._logs = logs
         self._display = display
-        self._found = Assessment()
-        self._averaged = Assessment()
+        self._own = Evaluation()
+        self._averaged = Evaluation()
 
     def evaluate(self, final: bool = False) -> float | None:
-        """The model under every kind of statistics asked for, and recomputed ones if `final`;
-        rows go into evals.csv. What the best is chosen by, larger being better, comes back."""
+        """The model under every condition asked for, and recomputed statistics if `final`; rows
+        go into evals.csv. What the best is chosen by, larger being better, comes back."""
         training, config, model = self._training, self._training.config, self._training.state.model
         data, step = training.data, training.state.step
-        with autocast(config, training.device), self._diverged_if_not_finite():
-            kinds = self._kinds(model, list(config.test.statistics) + ["recomputed"] * final)
-            baseline = next(iter(kinds))
-            only_baseline = {baseline: kinds[baseline]}
-            self._found = found = assess(model, data.test, config, kinds)
+        with self._inference():
+            sources = self._sources(model, recompute=final)
+            baseline = next(iter(sources))
+            only_baseline = {baseline: sources[baseline]}
+            self._own = found = self._evaluate(model, sources)
             rows = found.rows(step, "test")
             metric = found.predictions[baseline].accuracy
             if config.test.train_accuracy:
-                rows += assess(model, data.train, config, only_baseline).rows(step, "train")
+                rows += self._evaluate(model, only_baseline, data.train).rows(step, "train")
             if data.val is not None:
-                on_val = assess(model, data.val, config, only_baseline)
+                on_val = self._evaluate(model, only_baseline, data.val)
                 rows += on_val.rows(step, "val")
                 predictions = on_val.predictions[baseline]
                 stopping = config.training.early_stopping
@@ -63,45 +60,62 @@ class Evaluations:
 
     def evaluate_averages(self) -> None:
         """Averaged weights with recomputed statistics and, to show why, the trained model's."""
-        training, state = self._training, self._training.state
+        state = self._training.state
         for name, average in state.averages.items():
             if not average.count:
                 self._display.line(f"no {name} weights were averaged: the run ended too early")
                 continue
             model = with_parameters(state.model, average.average)
-            with autocast(training.config, training.device), self._diverged_if_not_finite():
-                kinds = self._kinds(model, ["recomputed"])
+            with self._inference():
+                sources = self._sources(model, recompute=True, weights=name)
                 if state.tracker:
-                    kinds = {kind: kinds[kind] for kind in ("recomputed", "running")}
-                found = assess(model, training.data.test, training.config, kinds, prefix=f"{name}/")
-            self._averaged = merge(self._averaged, found)
+                    shown = (Condition("recomputed", name), Condition("running", name))
+                    sources = {condition: sources[condition] for condition in shown}
+                self._averaged |= self._evaluate(model, sources)
 
     def evaluate_best(self, checkpoints: Path) -> None:
         """Take the weights of the best evaluation, and evaluate these instead of the last."""
-        training, state = self._training, self._training.state
+        state = self._training.state
         load_weights(state.model, state.tracker, load_checkpoint(checkpoints / "best.pt"))
-        wanted = [*training.config.test.statistics, "recomputed"]
-        with autocast(training.config, training.device):
-            kinds = self._kinds(state.model, wanted)
-            self._found = assess(state.model, training.data.test, training.config, kinds)
+        with self._inference():
+            sources = self._sources(state.model, recompute=True, weights="best")
+            self._own = self._evaluate(state.model, sources)
 
     def compare(self) -> Comparison:
         """All that was evaluated last, against the running averages."""
-        training = self._training
-        found = merge(self._found, self._averaged)
-        with autocast(training.config, training.device):
-            return compare_assessment(found, training.state.model, training.data, training.config)
+        training, config = self._training, self._training.config
+        subject = run_subject(training.state.model, training.data, config)
+        made = made_by(config.model_dump(mode="json"))
+        with autocast(config, training.device):
+            return compare_evaluation(subject, self._own | self._averaged, made)
 
-    def _kinds(self, model: nn.Module, wanted: Sequence[str]) -> dict:
-        training = self._training
-        return kinds_to_assess(
-            model, training.data, training.config, training.state.estimates(), wanted
+    def _sources(
+        self, model: nn.Module, recompute: bool, weights: Weights = "trained"
+    ) -> dict[Condition, Source]:
+        training, wanted = self._training, self._training.config.test.statistics
+        own = weights in ("trained", "best")
+        return run_sources(
+            run_subject(model, training.data, training.config),
+            training.state.estimates(),
+            training.config,
+            recompute=recompute or "recomputed" in wanted,
+            batch=own and "batch" in wanted,
+            weights=weights,
         )
 
+    def _evaluate(
+        self, model: nn.Module, sources: Mapping[Condition, Source], split: Split | None = None
+    ) -> Evaluation:
+        training, config = self._training, self._training.config
+        subject = run_subject(model, training.data, config, split)
+        return evaluate(subject, sources, fold=config.performance.fold_batchnorm)
+
     @contextlib.contextmanager
-    def _diverged_if_not_finite(self) -> Iterator[None]:
+    def _inference(self) -> Iterator[None]:
+        """As the training computes; RunFailed where it has diverged by then."""
         try:
-            yield
+            with autocast(self._training.config, self._training.device):
+                yield
         except NotFinite as error:
             raise RunFailed(
                 f"diverged: at step {self._training.state.step} with learning rate "

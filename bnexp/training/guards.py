@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from bnexp.config.schema import EarlyStoppingConfig, PlateauSchedule, ScheduleConfig
 from bnexp.errors import RunFailed
@@ -18,7 +19,7 @@ COLLAPSED_CHECKS = 10
 class Collapse(Stateful):
     """Ends a run whose EMA training accuracy has fallen back to `chance`."""
 
-    saved = {"best": float, "checks_at_chance": int}
+    saved: ClassVar = {"best": float, "checks_at_chance": int}
 
     def __init__(self, chance: float) -> None:
         self.chance = chance
@@ -42,7 +43,7 @@ class Collapse(Stateful):
 class Plateau(Stateful):
     """Notices when the EMA training accuracy has stopped improving, under a schedule that asks."""
 
-    saved = {"best": float, "best_step": int, "reductions": int}
+    saved: ClassVar = {"best": float, "best_step": int, "reductions": int}
 
     def __init__(self, schedule: ScheduleConfig) -> None:
         self.schedule = schedule
@@ -78,7 +79,7 @@ class Plateau(Stateful):
 class Best(Stateful):
     """Which evaluation was the best so far."""
 
-    saved = {"metric": (float, int, type(None)), "step": int, "evaluations_since": int}
+    saved: ClassVar = {"metric": (float, int, type(None)), "step": int, "evaluations_since": int}
     min_delta = 0.0
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bnexp.evaluation.evaluate import Assessment
+from bnexp.evaluation.evaluate import Evaluation
 from bnexp.records import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
 from bnexp.training.build import Training
 from bnexp.training.display import Display
@@ -54,7 +54,7 @@ class Logs:
         if self._events:
             self._events.steps(rows)
 
-    def evaluation(self, rows: Sequence[tuple], found: Assessment, eps: float) -> None:
+    def evaluation(self, rows: Sequence[tuple], found: Evaluation, eps: float) -> None:
         self._evals_csv.append(rows)
         if self._events:
             self._events.evaluation(rows, found, eps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 
@@ -17,7 +18,7 @@ class EmaAccuracy(Stateful):
     It stands in for the accuracy over the whole training set.
     """
 
-    saved = {"biased": float, "count": int}
+    saved: ClassVar = {"biased": float, "count": int}
 
     def __init__(self, decay: float) -> None:
         self.decay = decay

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnexp.condition import Weights
 from bnexp.errors import UserError
 from bnexp.statistics import Statistics, StatisticsTracker
 from bnexp.training.averages import WeightAverage
@@ -29,7 +30,7 @@ class TrainingState:
     tracker: StatisticsTracker | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    averages: Mapping[str, WeightAverage]
+    averages: Mapping[Weights, WeightAverage]
     ema_accuracy: EmaAccuracy
     collapse: Collapse
     plateau: Plateau

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnexp.condition import Weights
 from bnexp.config import Config
 from bnexp.data import Data, load_data
 from bnexp.errors import UserError
@@ -19,7 +20,7 @@ from bnexp.training.build import build_network, data_settings, track
 from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint
 from bnexp.training.state import load_weights
 
-WEIGHTS = ("last", "best", "ema", "swa")
+_CONDITIONS: dict[str, Weights] = {"last": "trained", "best": "best", "ema": "ema", "swa": "swa"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Trained:
     """A model of a run, the online estimates made with its trained weights (the running averages
     first), the run's data, the step, and a line for each damaged checkpoint passed over."""
 
+    config: Config
+    device: torch.device
+    weights: Weights
     model: nn.Module
     estimates: dict[str, Statistics]
     data: Data
@@ -54,7 +58,8 @@ def load_trained(run: Path, config: Config, device: torch.device, weights: str) 
     estimates = tracker.statistics() if tracker else {}
     if weights in ("ema", "swa"):
         model = _averaged(model, state["averages"], weights, run)
-    return Trained(model, estimates, data, state["step"], passed_over)
+    of = _CONDITIONS[weights]
+    return Trained(config, device, of, model, estimates, data, state["step"], passed_over)
 
 
 def _averaged(model: nn.Module, averages: Mapping[str, Any], weights: str, run: Path) -> nn.Module:
