@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm
-from bnexp.nn.convert import convert_batchnorm, unsupported_layers
+from bnexp.nn.convert import followed_layers
 from bnexp.nn.find import batchnorm_layers
 from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics.banks import Bank
 from bnexp.statistics.rules import Rule
 from bnexp.statistics.statistics import Statistics
-from bnexp.torch_internals import outside_of_graphs, version
+from bnexp.torch_internals import BatchNormBase, outside_of_graphs, version
+
+_Conversion = tuple[TrackedBatchNorm, type[BatchNormBase]]
 
 # How many sets of layers that took part in a step are remembered on the device.
 _PATTERNS = 64
@@ -70,7 +72,8 @@ class StatisticsTracker:
     Sums are kept in float64 (float32 on MPS, which has no other).
 
     Args:
-        model: any module; its BN layers must be `torch.nn`'s, bnexp's, or subclasses of bnexp's.
+        model: any module with BN layers of `torch.nn` or bnexp, or subclasses of them that call
+            `F.batch_norm`.
         estimators: name -> rule. Before its first mini-batch, each reports the running buffers
             that the layer had when the tracker was made.
         ranks: `bnexp.ranks.Alone()` to follow this rank's mini-batches alone in a process group
@@ -78,9 +81,10 @@ class StatisticsTracker:
 
     Raises:
         UserError: no estimators, something else than an estimator, a layer that can't be
-            followed (`SyncBatchNorm`, a foreign subclass with its own forward, a lazy layer
-            without shape), a model that has a tracker already, or one of several ranks where
-            `ranks` chooses nothing. Nothing has changed then.
+            followed (`SyncBatchNorm`, a lazy layer without shape), a model that has a tracker
+            already, or one of several ranks where `ranks` chooses nothing; nothing has changed
+            then. In a forward pass: a subclass with a forward of its own that never calls
+            `F.batch_norm`.
     """
 
     def __init__(
@@ -416,19 +420,11 @@ class _Group:
         ]
 
 
-def _tracked_layers(
-    model: nn.Module,
-) -> tuple[dict[str, TrackedBatchNorm], list[tuple[TrackedBatchNorm, type[nn.Module]]]]:
+def _tracked_layers(model: nn.Module) -> tuple[dict[str, TrackedBatchNorm], list[_Conversion]]:
     """The layers to follow, as bnexp's layers, and those converted for it with their own class."""
     layers = batchnorm_layers(model)
-    for name, layer in unsupported_layers(model).items():
-        raise UserError(
-            f"layer {name!r} is a {type(layer).__name__}, a class of its own that a "
-            "StatisticsTracker cannot follow; use torch.nn.BatchNorm1d/2d/3d or subclass bnexp's"
-        )
-    layers = {name: layer for name, layer in layers.items() if layer.running_mean is not None}
     for name, layer in layers.items():
-        if layer.running_mean.is_meta:
+        if layer.running_mean is not None and layer.running_mean.is_meta:
             raise UserError(
                 f"layer {name!r} is on the meta device, without memory: give it some first, by "
                 "to_empty(device=...)"
@@ -438,12 +434,15 @@ def _tracked_layers(
                 f"layer {name!r} has a StatisticsTracker already: close() it, or give all "
                 "estimators to one tracker"
             )
-    converted = [
-        (layer, type(layer)) for layer in layers.values() if not isinstance(layer, TrackedBatchNorm)
+    classes = {name: type(layer) for name, layer in layers.items()}
+    followed = followed_layers(model)
+    for name in [name for name, layer in followed.items() if layer.running_mean is None]:
+        followed.pop(name).__class__ = classes[name]
+    return followed, [
+        (layer, classes[name])
+        for name, layer in followed.items()
+        if classes[name] is not type(layer)
     ]
-    for layer, _ in converted:
-        convert_batchnorm(layer)
-    return layers, converted
 
 
 def _on_host(dtype: torch.dtype) -> torch.dtype:
