@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from bnexp.errors import UserError
 from bnexp.nn.calls import AnsweredCalls, BatchNormCall
-from bnexp.torch_internals import BatchNormBase, in_backward
+from bnexp.torch_internals import BatchNormBase, in_backward, in_transform
 
 
 class MomentsSlot:
@@ -39,7 +39,9 @@ class MomentsSlot:
 
     __slots__ = ("busy", "feed", "filled", "mean", "moved", "unused", "values", "var")
 
-    def __init__(self, feed: Callable[[], None], mean: Tensor, var: Tensor) -> None:
+    def __init__(
+        self, feed: Callable[[], None], mean: Tensor, var: Tensor, unused: bool = False
+    ) -> None:
         self.feed = feed
         self.mean = mean
         self.var = var
@@ -47,7 +49,7 @@ class MomentsSlot:
         self.filled = False
         self.busy = False
         self.moved = False
-        self.unused = False
+        self.unused = unused
 
 
 class TrackedBatchNorm(BatchNormBase):
@@ -88,6 +90,11 @@ class TrackedBatchNorm(BatchNormBase):
             return self._normalize_and_average(call)
         if in_backward():
             return self._normalize(call, slot.mean.clone(), slot.var.clone())
+        if in_transform(call.input):
+            raise UserError(
+                "a layer that a StatisticsTracker follows is called inside torch.vmap or another "
+                "transform of torch.func, where one input stands for many: close() it first"
+            )
         if slot.busy:
             slot.feed()
             slot = self.slot or slot  # a new one, if the layer has moved
