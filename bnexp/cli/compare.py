@@ -126,7 +126,7 @@ def _print_final(console, runs: Sequence[RunData]) -> None:
             kind = found.get(name)
             paired = kind and kind["versus_baseline"]
             cell = f"{100 * kind['accuracy']:.2f}" if kind else "–"
-            cells.append(f"{cell} ({signed(paired['difference'])})" if paired else cell)
+            cells.append(f"{cell} ({signed(paired['difference'], 2)})" if paired else cell)
         table.add_row(run.name, *cells)
     console.print(table)
 
@@ -145,7 +145,7 @@ def _print_seeds(console, group: SeedGroup) -> None:
             f"{100 * row.standard_deviation:.2f}",
         ]
         if row.difference is not None:
-            cells += [signed(row.difference), signed_interval(row.difference_interval)]
+            cells += [signed(row.difference, 2), signed_interval(row.difference_interval, 2)]
         table.add_row(str(row.condition), *cells)
     console.print(table)
     console.print("t intervals of the mean over seeds; differences are paired by seed", style="dim")
