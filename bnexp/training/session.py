@@ -10,35 +10,26 @@ import torch
 from torch import nn
 
 from bnexp.config import Config
-from bnexp.config.schema import CumulativeConfig, DataConfig, EmaConfig
+from bnexp.config.schema import DataConfig
 from bnexp.data import Augmentation, Data, DataSettings, load_data
 from bnexp.errors import UserError
 from bnexp.networks import build_model
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
 from bnexp.nn.find import batchnorm_layers
 from bnexp.statistics import (
-    Cumulative,
     Ema,
-    Pooled,
     Statistics,
     StatisticsTracker,
 )
+from bnexp.statistics.rules import Estimator
 from bnexp.training.averages import ParameterAverage
 from bnexp.training.metrics import EmaAccuracy
 from bnexp.training.optimization import Plateau, build_optimizer
 
 
-def _estimators(config: Config) -> dict:
+def _estimators(config: Config) -> dict[str, Estimator]:
     """The online estimators of a run; the first is what the layers' buffers show."""
-    estimators = {"running": Ema(config.statistics.decay)}
-    for name, rule in config.statistics.estimators.items():
-        if isinstance(rule, EmaConfig):
-            estimators[name] = Ema(rule.decay, debias=rule.debias)
-        elif isinstance(rule, CumulativeConfig):
-            estimators[name] = Cumulative()
-        else:
-            estimators[name] = Pooled(window=rule.window)
-    return estimators
+    return {"running": Ema(config.statistics.decay), **config.statistics.estimators}
 
 
 def data_settings(config: DataConfig) -> DataSettings:
