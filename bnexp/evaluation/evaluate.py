@@ -14,7 +14,7 @@ from bnexp.condition import Condition, Weights
 from bnexp.evaluation.layer_costs import layer_costs
 from bnexp.evaluation.predictions import predict_under
 from bnexp.evaluation.subject import Method, Subject
-from bnexp.nn.find import layer_eps
+from bnexp.nn.find import batchnorm_layers, layer_eps
 from bnexp.statistics import Statistics, layer_drift, recompute_statistics
 from bnexp.statistics.progress import Progress
 
