@@ -65,7 +65,7 @@ class DataConfig(Section):
     image_size: Annotated[int, Field(ge=1, le=16384)] | None = None
     """Side of the square that images are resized to; needed where a folder's sizes differ."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that decode the images of an image-folder."""
+    """Threads that decode the images of an image-folder; 0 decodes them between the steps."""
     limit: LimitConfig = LimitConfig()
     """Fewer images than there are, to try something out."""
 
