@@ -226,9 +226,7 @@ def _lay_out_stack(figure: Figure, plot: Plot, axes: list[Axes], narrow: bool) -
     names = [end_of(str(line.get_label()), 26) for named in ends for line in named]
     right = _END_SAMPLE + _label_width(names) if names else _RIGHT
     top = height
-    for a, panel, head, legend, named in zip(
-        axes, plot.panels, heads, legends, ends, strict=True
-    ):
+    for a, panel, head, legend, named in zip(axes, plot.panels, heads, legends, ends, strict=True):
         a.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
         if a is not axes[-1]:
             a.set_xlabel("")
@@ -246,10 +244,12 @@ def _lines_to_name(axes: Axes, height: float) -> list[Line2D]:
 
 
 def _name_ends(figure: Figure, axes: Axes, lines: Sequence[Line2D], box) -> None:
-    """Beside the axes, as high as each line ends or as near as there is room: its look, its name."""
+    """Beside the axes, as high as each line ends or as near as there is room: look and name."""
     x, y, w, h = box
     to_axes = axes.transData - axes.transAxes
-    ends = [(float(to_axes.transform(np.asarray(line.get_xydata())[-1])[1]), line) for line in lines]
+    ends = [
+        (float(to_axes.transform(np.asarray(line.get_xydata())[-1])[1]), line) for line in lines
+    ]
     ends = sorted(((y + h * min(max(end, 0.0), 1.0), line) for end, line in ends), key=_first)
 
     def add(line: Line2D, xs: list[float], ys: list[float]) -> Line2D:
@@ -366,7 +366,10 @@ def _for_page(svg: str, key: str) -> str:
     svg = re.sub(r"<style type=\"text/css\">.*?</style>", "", svg, flags=re.S)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)
     viewbox = svg[svg.index('viewBox="') :].split('"')[1]
-    svg = f'<svg viewBox="{viewbox}" aria-hidden="true" focusable="false">' + svg[svg.index(">") + 1 :]
+    svg = (
+        f'<svg viewBox="{viewbox}" aria-hidden="true" focusable="false">'
+        + svg[svg.index(">") + 1 :]
+    )
     svg = re.sub(r"(font: |font-family: )[^\";]*", _font, svg)
     for name, (light, _) in PALETTE.items():
         svg = svg.replace(light, f"var(--{name})")
