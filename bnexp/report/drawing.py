@@ -85,6 +85,7 @@ class Look:
     colour: str
     dash: str | tuple[int, tuple[float, ...]]
     marker: str
+    hollow: bool = False
 
 
 _DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = (
@@ -209,7 +210,7 @@ def dashboard_png(panels: Sequence[Panel], title: str, subtitle: str) -> bytes:
 
 
 def _lay_out_stack(figure: Figure, plot: Plot, axes: list[Axes], narrow: bool) -> None:
-    width, columns = (NARROW, 2) if narrow else (WIDE, 4)
+    width = NARROW if narrow else WIDE
     ends = [
         [] if narrow else _lines_to_name(a, p.height)
         for a, p in zip(axes, plot.panels, strict=True)
@@ -219,6 +220,8 @@ def _lay_out_stack(figure: Figure, plot: Plot, axes: list[Axes], narrow: bool) -
         shown = {line.get_label() for line in named} | {k for legend in legends for k in legend}
         handles, labels = a.get_legend_handles_labels()
         legends.append({k: h for k, h in zip(labels, handles, strict=True) if k not in shown})
+    longest = max((len(label) for legend in legends for label in legend), default=0)
+    columns = (1 if longest > 15 else 2) if narrow else (3 if longest > 15 else 4)
     heads = [_head(e, p.title, columns) for e, p in zip(legends, plot.panels, strict=True)]
     height = sum(heads) + sum(p.height for p in plot.panels) + _BOTTOM * len(axes)
     figure.set_size_inches(width, height)
@@ -238,9 +241,9 @@ def _lay_out_stack(figure: Figure, plot: Plot, axes: list[Axes], narrow: bool) -
 
 
 def _lines_to_name(axes: Axes, height: float) -> list[Line2D]:
-    """The labelled lines, if there are several and their names fit beside axes of this height."""
+    """The labelled lines, if their names fit beside axes of this height."""
     lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
-    return lines if 1 < len(lines) <= height / _END_ROW else []
+    return lines if len(lines) <= height / _END_ROW else []
 
 
 def _name_ends(figure: Figure, axes: Axes, lines: Sequence[Line2D], box) -> None:
@@ -252,19 +255,17 @@ def _name_ends(figure: Figure, axes: Axes, lines: Sequence[Line2D], box) -> None
     ]
     ends = sorted(((y + h * min(max(end, 0.0), 1.0), line) for end, line in ends), key=_first)
 
-    def add(line: Line2D, xs: list[float], ys: list[float]) -> Line2D:
-        copy = Line2D(xs, ys, color=line.get_color(), transform=figure.dpi_scale_trans)
+    def like(line: Line2D, xs: list[float], ys: list[float], **changes: Any) -> None:
+        copy = Line2D(xs, ys)
+        copy.update_from(line)
+        copy.set(transform=figure.dpi_scale_trans, clip_on=False, **changes)
         figure.add_artist(copy)
-        return copy
 
     heights = spread([end for end, _ in ends], _END_ROW, y, y + h)
     for (end, line), height in zip(ends, heights, strict=True):
-        add(line, [x + w, x + w + 0.14], [end, height]).set_linewidth(0.6)
-        sample = add(line, [x + w + 0.14, x + w + 0.34, x + w + 0.54], [height] * 3)
-        sample.set(linestyle=line.get_linestyle(), linewidth=line.get_linewidth())
-        sample.set(alpha=line.get_alpha())
-        dot = add(line, [x + w + 0.34], [height])
-        dot.set(marker=line.get_marker(), markersize=line.get_markersize())
+        start, middle = x + w + 0.14, x + w + 0.34
+        like(line, [x + w, start], [end, height], linestyle="-", linewidth=0.6, marker="")
+        like(line, [start, middle, x + w + 0.54], [height] * 3, markevery=[1])
         text = end_of(str(line.get_label()), 26)
         where = figure.dpi_scale_trans
         figure.text(x + w + 0.6, height, text, va="center", size=8, transform=where)
@@ -339,7 +340,7 @@ def _place(
     if legend:
         axes.legend(
             legend.values(),
-            [end_of(label, 26) for label in legend],
+            [end_of(label, 40) for label in legend],
             loc="lower left",
             bbox_to_anchor=(0, 0.07 / h + 1),
             ncols=columns,

@@ -184,8 +184,8 @@ def _distance_from_test(run: RunData, ema: float, step: int) -> str:
             "test's statistics cost is in it, and this run was not tested with recomputed ones at "
             "its end."
             if run.baseline.statistics != "none"
-            else "Its distance from the test accuracy holds the generalization gap, augmentation, "
-            "dropout and the EMA's own lag."
+            else "Its distance from the test accuracy is the generalization gap, and what tells "
+            "the EMA from the accuracy on the whole training set."
         )
     parts = [
         f"{percent(last[c], 2)} with {name}, {signed(last[c] - ema, 2)} points from the EMA"
@@ -193,8 +193,8 @@ def _distance_from_test(run: RunData, ema: float, step: int) -> str:
     ]
     return (
         f"At the end the test accuracy is {'; it is '.join(parts)}. Only the distance under "
-        "recomputed statistics speaks of generalization, beside augmentation, dropout and the "
-        "EMA's own lag; the other holds what the statistics cost as well."
+        "recomputed statistics speaks of generalization, beside what tells the EMA from the "
+        "accuracy on the whole training set; the other holds what the statistics cost as well."
     )
 
 
@@ -263,11 +263,11 @@ def estimators(run: RunData) -> Plot | None:
     if distances:
         order = sorted(distances, key=lambda c: distances[c][0])
         (best, end, n), (worst, *_) = distances[order[0]], distances[order[-1]]
-        evaluations = f"over {count(n)} evaluations" if n > 1 else "at the only evaluation"
+        when = f"on average over {count(n)} evaluations" if n > 1 else "at the only evaluation"
         caption += (
-            f"Here {order[0]} was, {evaluations}: {points(best, 2)} points away on average, "
-            f"{signed(end, 2)} at the last; {order[-1]} was furthest, {points(worst, 2)} points. "
-            "This is one run, and small distances may order themselves otherwise in the next."
+            f"Here that was {order[0]}, {points(best, 2)} points away {when}, {signed(end, 2)} at "
+            f"the last; furthest was {order[-1]}, {points(worst, 2)} points away. This is one run: "
+            "where distances are small, the next may order them otherwise."
         )
     else:
         caption += (
@@ -552,7 +552,7 @@ def _images(samples: int, costs: Sequence[LayerCost]) -> str:
     """On how many images the costs of layers rest."""
     used = sorted({cost.samples for cost in costs if cost.samples})
     if not used:
-        return f"The record does not say on how many of the {count(samples)} test images."
+        return f"The record does not say how many of the {count(samples)} test images were used."
     on = " or ".join(map(count, used))
     return f"Measured on {on} of the {count(samples)} test images."
 
@@ -630,18 +630,19 @@ def loss_and_rate(run: RunData) -> Plot | None:
 def runs_plots(runs: Sequence[RunData]) -> list[Plot]:
     """Test accuracy by step of several runs; a plot for each set of test images."""
     groups = by_test_set(runs)
-    plots = [_runs_accuracy(group, i, len(groups)) for i, group in enumerate(groups)]
+    plots = [_runs_accuracy(*group, i, len(groups)) for i, group in enumerate(groups)]
     return [plot for plot in plots if plot]
 
 
-def _runs_accuracy(runs: Sequence[RunData], number: int, of: int) -> Plot | None:
+def _runs_accuracy(data: str, runs: Sequence[RunData], number: int, of: int) -> Plot | None:
     """Runs on the same test images, under their baseline and, dotted, recomputed statistics."""
     curves = []
     for i, run in enumerate(runs):
         look = replace(LOOKS[i % len(LOOKS)], dash="-")
         curves.append((run, run.baseline, look))
         if run.recomputed and run.recomputed != run.baseline:
-            curves.append((run, run.recomputed, replace(look, dash=(0, (1.3, 1.3)))))
+            dotted = replace(look, dash=(0, (1.3, 1.3)), hollow=True)
+            curves.append((run, run.recomputed, dotted))
     curves = [c for c in curves if len(c[0].curve("test", c[1])[0])]
     if not curves:
         return None
@@ -657,11 +658,10 @@ def _runs_accuracy(runs: Sequence[RunData], number: int, of: int) -> Plot | None
         [run.name, str(c), count(int(x[-1])), percent(y[-1], 2), percent(y.max(), 2)]
         for (run, c, _), (_, x, y, _) in zip(curves, named, strict=True)
     ]
-    data = runs[0].setup.data
     caption = (
         "Solid lines: the trained weights under each run's baseline statistics. Dotted lines with "
-        "the same marker: under recomputed statistics. Where the two of one run part, its averages "
-        "cost accuracy."
+        "the same marker, hollow: under recomputed statistics. Where the two of one run part, its "
+        "averages cost accuracy."
     )
     if of > 1:
         names = ", ".join(run.name for run in runs)
@@ -708,6 +708,7 @@ def _line(axes: Axes, x, y, look: Look, label: str) -> None:
         marker=look.marker,
         markevery=slice(len(x) - 1, None, -every) if every > 1 else None,
         markersize=3.8,
+        markerfacecolor="none" if look.hollow else COLOUR[look.colour],
         color=COLOUR[look.colour],
         label=label,
         zorder=4,

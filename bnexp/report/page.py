@@ -19,7 +19,7 @@ from bnexp.analysis.results import Paired, Result
 from bnexp.analysis.seeds import SeedSummary
 from bnexp.analysis.verdict import Outcome
 from bnexp.atomic import write_atomically
-from bnexp.condition import statistics_label, weights_label
+from bnexp.condition import weights_label
 from bnexp.errors import UserError
 from bnexp.records import Run
 from bnexp.report.drawing import PALETTE, Plot, Table, to_svg
@@ -178,7 +178,8 @@ def _rows(run: RunData, comparison: Comparison) -> list[list[Cell]]:
     rows = []
     for result in comparison.results:
         low, high = result.accuracy_interval
-        label = f"{weights_label(result.condition)}, {statistics_label(result.condition, run.made)}"
+        how = result.condition.method or run.made.get(result.condition.statistics)
+        label = weights_label(result.condition) + (f"; {how}" if how else "")
         name = str(result.condition) + (" (baseline)" if result is comparison.base else "")
         accuracy = words.percent(result.accuracy, digits)
         interval = f"{100 * low:.{digits}f} to {100 * high:.{digits}f}"
@@ -278,7 +279,7 @@ def _overview(runs: Sequence[RunData]) -> Overview:
         shared = [(value, ", ".join(names)) for value, names in holders.items()]
         differences.append((key, shared))
     return Overview(
-        rows=[_overview_row(run) for members in sets for run in members],
+        rows=[_overview_row(run, name) for name, members in sets for run in members],
         test_sets=len(sets),
         differences=differences,
         seeds=[_seeds(group) for group in seed_groups(runs)],
@@ -286,17 +287,17 @@ def _overview(runs: Sequence[RunData]) -> Overview:
     )
 
 
-def _overview_row(run: RunData) -> list[Cell]:
+def _overview_row(run: RunData, test_set: str) -> list[Cell]:
     row = [
         Cell(run.name, f"{run.setup.model}, seed {run.setup.seed}"),
-        Cell(run.setup.data),
+        Cell(run.setup.data, test_set.removeprefix(run.setup.data).strip(" ()")),
         Cell(words.count(run.step)),
     ]
     comparison = run.comparison
     if comparison is None:
-        return [*row, Cell("–"), Cell("–"), Cell("–")]
+        return [*row, Cell(run.state["state"]), Cell("–"), Cell("–"), Cell("–")]
     base = comparison.base
-    row.append(_accuracy_cell(base))
+    row += [Cell(base.condition.weights), _accuracy_cell(base)]
     if comparison.compared is None:
         return [*row, Cell("–"), Cell("–")]
     other, pair = comparison.compared
@@ -305,8 +306,7 @@ def _overview_row(run: RunData) -> list[Cell]:
 
 
 def _accuracy_cell(result: Result) -> Cell:
-    small = f"{result.condition}, {weights_label(result.condition)}"
-    return Cell(words.percent(result.accuracy, 2), small)
+    return Cell(words.percent(result.accuracy, 2), str(result.condition))
 
 
 def _seeds(group: SeedGroup) -> Seeds:

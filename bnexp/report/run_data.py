@@ -27,6 +27,7 @@ class Evaluation:
     accuracy: float
     loss: float
     samples: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,8 @@ def _setup(config: Mapping[str, Any]) -> Setup:
 
 
 def _evaluation(row: Mapping[str, Any]) -> Evaluation:
-    condition = Condition.parse(row["statistics"])
-    return Evaluation(
-        row["step"], row["split"], condition, row["accuracy"], row["loss"], row["samples"]
-    )
+    values = {key: value for key, value in row.items() if key != "statistics"}
+    return Evaluation(condition=Condition.parse(row["statistics"]), **values)
 
 
 def _comparison(run: Run) -> Comparison | None:

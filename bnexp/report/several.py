@@ -53,17 +53,25 @@ def config_differences(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
     return [(key, values) for key, values in rows if any(v != values[0] for v in values)]
 
 
-def by_test_set(runs: Sequence[RunData]) -> list[list[RunData]]:
-    """The runs in groups that were tested on the same images, as far as their configs say."""
+def by_test_set(runs: Sequence[RunData]) -> list[tuple[str, list[RunData]]]:
+    """The runs in groups that were tested on the same images, as far as their configs say, with
+    what tells these images from those of the other groups."""
     groups: dict[str, list[RunData]] = {}
     for run in runs:
-        data = [
-            (key, value)
-            for key, value in dotted({"data": run.config["data"]}).items()
-            if not within(key, NOT_THE_TEST_SET)
-        ]
-        groups.setdefault(repr(sorted(data, key=repr)), []).append(run)
-    return list(groups.values())
+        groups.setdefault(repr(_test_set(run)), []).append(run)
+    sets = [_test_set(members[0]) for members in groups.values()]
+    named = []
+    for chosen, members in zip(sets, groups.values(), strict=True):
+        alike = [other for other in sets if other["data.name"] == chosen["data.name"]]
+        apart = [key for key in chosen if any(other.get(key) != chosen[key] for other in alike)]
+        more = ", ".join(f"{key} {'all' if chosen[key] is None else chosen[key]}" for key in apart)
+        named.append((members[0].setup.data + (f" ({more})" if more else ""), members))
+    return named
+
+
+def _test_set(run: RunData) -> dict[str, Any]:
+    data = dotted({"data": run.config["data"]})
+    return {key: data[key] for key in sorted(data) if not within(key, NOT_THE_TEST_SET)}
 
 
 def seed_groups(runs: Sequence[RunData]) -> list[SeedGroup]:
