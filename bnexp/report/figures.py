@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bnexp.analysis.layers import LayerCost
+from bnexp.analysis.layers import LayerCost, worst_first
 from bnexp.analysis.words import capital, count, percent, points, signed, signed_interval
 from bnexp.condition import Condition, compared_with, statistics_label
 from bnexp.report.curves import envelope, thin
@@ -489,8 +489,7 @@ def layer_costs(run: RunData) -> Plot | None:
     if not kinds:
         return None
     mended, spoiled = kinds.get("Mended alone, points", {}), kinds.get("Spoiled alone, points", {})
-    measured = [row.name for row in all_rows if row.name in mended or row.name in spoiled]
-    measured.sort(key=lambda name: spoiled[name].difference if name in spoiled else 0)
+    measured = [row.name for row in worst_first(all_rows) if row.mended or row.spoiled]
     shown = measured[:MAX_LAYERS]
 
     def draw_costs(costs: Mapping[str, LayerCost]) -> Callable[[Axes, bool], None]:
@@ -515,7 +514,9 @@ def layer_costs(run: RunData) -> Plot | None:
     if spoiled:
         caption += _extreme("Spoiled alone, most is lost by", spoiled, min)
     caption += _images(comparison.samples, [*mended.values(), *spoiled.values()])
-    caption += _shown(shown, all_rows)
+    if len(measured) < len(all_rows):
+        caption += f" {count(len(measured))} of {count(len(all_rows))} layers were tried."
+    caption += _shown(shown, measured)
     columns = ["layer"]
     for title in kinds:
         columns += [title, "95 % interval", "predictions changed"]

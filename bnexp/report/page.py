@@ -15,9 +15,9 @@ from markupsafe import Markup, escape
 
 from bnexp.analysis import words
 from bnexp.analysis.comparison import Comparison
-from bnexp.analysis.results import Paired, Result
+from bnexp.analysis.results import Paired, Result, class_p_values
 from bnexp.analysis.seeds import SeedSummary
-from bnexp.analysis.verdict import Outcome
+from bnexp.analysis.verdict import ABOUT_P_VALUES, THESE_WEIGHTS, Outcome
 from bnexp.atomic import write_atomically
 from bnexp.condition import weights_label
 from bnexp.errors import UserError
@@ -114,6 +114,8 @@ def render(runs: Sequence[RunData]) -> str:
     return environment.get_template("page.html.j2").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         palette=PALETTE,
+        these_weights=THESE_WEIGHTS,
+        about_p_values=ABOUT_P_VALUES,
         sections=sections,
         overview=_overview(runs) if len(runs) > 1 else None,
     )
@@ -208,8 +210,12 @@ def _paired_cells(pair: Paired | None, digits: int) -> list[Cell]:
             words.count(pair.changed),
             f"{words.count(pair.gained)} better, {words.count(pair.lost)} worse",
         ),
-        Cell("< 0.001" if pair.p_holm < 0.001 else f"{pair.p_holm:.3f}"),
+        Cell(_p(pair.p_holm)),
     ]
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _loss_cell(result: Result) -> Cell:
@@ -230,6 +236,7 @@ def _classes(comparison: Comparison) -> Table | None:
     if comparison.compared is None:
         return None
     base, (other, pair) = comparison.base, comparison.compared
+    p_values = class_p_values(comparison.results)[other.condition]
     rows = []
     for i, name in enumerate(comparison.classes):
         first, second = base.class_accuracy[i], other.class_accuracy[i]
@@ -245,12 +252,13 @@ def _classes(comparison: Comparison) -> Table | None:
                 words.signed(difference, 2),
                 words.count(pair.class_gained[i]),
                 words.count(pair.class_lost[i]),
+                _p(p_values[i]),
             ]
         )
     columns = ["class", "images", str(base.condition), str(other.condition), "difference, points"]
     return Table(
         f"{words.capital(base.label)} against {other.label}",
-        [*columns, "now right", "now wrong"],
+        [*columns, "now right", "now wrong", "p"],
         rows,
     )
 

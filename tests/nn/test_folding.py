@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from bnexp.evaluation.predictions import evaluate, predict
 from bnexp.networks import build_model
 from bnexp.nn import BatchNorm2d, freeze_batchnorm
+from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.folding import folded
-from bnexp.statistics import Ema, StatisticsTracker, batchnorm_layers, running_statistics
+from bnexp.statistics import Ema, StatisticsTracker, running_statistics
 
 NETWORKS = {
     "small-cnn": (1, 28, 2),
