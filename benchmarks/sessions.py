@@ -13,7 +13,7 @@ from bnexp.data import catalogue, files
 from bnexp.performance import allow_tf32
 from bnexp.records import Run, create_run
 from bnexp.training.loop import Logs, Trainer
-from bnexp.training.session import Session
+from bnexp.training.session import Session, data_settings
 
 clock = time.perf_counter
 
@@ -57,7 +57,8 @@ def make_session(
     }
     config = resolve(tree, [], "benchmark")
     arrays = random_arrays(size, channels, train, test)
-    session = Session(config, device, catalogue.data_of(arrays, config.data, device, seed=0))
+    data = catalogue.data_of(arrays, data_settings(config.data), 0, device)
+    session = Session(config, device, data)
     allow_tf32(session.config.performance.tf32)
     session.model.train()
     return session

@@ -100,9 +100,10 @@ def test_whole_train_accuracy_is_that_of_the_checkpoint(bnexp, quick):
     from bnexp.data import load_data
     from bnexp.networks import build_model
     from bnexp.training.checkpoints import newest_checkpoint
+    from bnexp.training.session import data_settings
 
     config = run.load_config()
-    data = load_data(config.data, torch.device("cpu"), config.seed)
+    data = load_data(data_settings(config.data), seed=config.seed, device="cpu")
     info = data.info
     model = build_model(
         "small-cnn",
@@ -296,6 +297,29 @@ def test_help_and_import_need_no_torch():
         "assert not heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "arguments, unwanted",
+    [
+        (["train", "--help"], ("torch", "scipy", "numpy")),
+        (["config", "configs/digits.yaml"], ("torch", "numpy")),
+        (["config", "--schema"], ("torch", "numpy")),
+        (["runs"], ("torch", "matplotlib")),
+        (["train", "configs/digits.yaml", "training.stpes=1"], ("torch",)),
+        (["eval", "--method", "none"], ("torch",)),
+    ],
+    ids=" ".join,
+)
+def test_what_answers_at_once_imports_nothing_heavy(arguments, unwanted):
+    code = (
+        "import sys, bnexp.cli\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "try: bnexp.cli.main()\n"
+        "except SystemExit: pass\n"
+        f"assert not {{*{unwanted}}} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
 def test_python_m_bnexp():

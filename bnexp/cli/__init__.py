@@ -1,19 +1,18 @@
-"""The command line. Commands import what is heavy when they run, so that `--help` is quick."""
+"""The command line: the commands, and how each of them ends."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import typer
 
-from bnexp.cli.compare import compare
-from bnexp.cli.config import config
-from bnexp.cli.eval import evaluate
-from bnexp.cli.report import report
-from bnexp.cli.runs import runs
-from bnexp.cli.train import train
+from bnexp.cli import commands
+from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
+
+MESSAGE = 2000
 
 app = typer.Typer(
     help="Train CNNs with batch normalization and measure what its moving averages are worth.",
@@ -23,12 +22,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(report)
-app.command()(runs)
-app.command()(compare)
-app.command()(config)
+app.command()(commands.train)
+app.command("eval")(commands.evaluate)
+app.command()(commands.report)
+app.command()(commands.runs)
+app.command()(commands.compare)
+app.command()(commands.config)
 
 
 @app.callback(invoke_without_command=True)
@@ -44,8 +43,6 @@ def _version(
 
 def main() -> None:
     """Run the command line; errors that have an answer end in one line and their exit code."""
-    from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError
-
     interrupted = False
 
     def interrupt(*_) -> None:
@@ -80,8 +77,6 @@ def _prepare_streams() -> None:
 
 
 def _fail_if_explained(error: BaseException) -> None:
-    from bnexp.errors import disk_failure
-
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         sys.exit(1)
@@ -94,6 +89,10 @@ def _fail_if_explained(error: BaseException) -> None:
             _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
 
 
-def _fail(message: str, exit_code: int) -> None:
-    print(f"bnexp: {message}", file=sys.stderr)
+def _fail(message: str, exit_code: int) -> NoReturn:
+    """One line of bounded length, whatever the names in it hold."""
+    if len(message) > MESSAGE:
+        message = f"{message[: MESSAGE // 2]} ... {message[-MESSAGE // 2 :]}"
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f"bnexp: {line}", file=sys.stderr)
     sys.exit(exit_code)

@@ -5,27 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import Any
 
-import typer
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from bnexp.report.run_data import RunData
-    from bnexp.report.several import SeedGroup
+from bnexp.analysis.words import signed, signed_interval
+from bnexp.cli.tables import output
+from bnexp.errors import UserError
+from bnexp.records import find_run
+from bnexp.report.run_data import RunData
+from bnexp.report.several import SeedGroup, config_differences, seed_groups
 
 CURVE_COLUMNS = 6
 
 
-def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
-) -> None:
-    """Set runs side by side."""
-    from bnexp.errors import UserError
-    from bnexp.records import find_run
-    from bnexp.report.run_data import RunData
-    from bnexp.report.several import config_differences, seed_groups
-
+def run_compare(runs: list[str], as_json: bool) -> None:
     found = [find_run(name) for name in runs]
     if len({run.path.resolve() for run in found}) < len(found):
         raise UserError("a run is named twice")
@@ -40,8 +35,6 @@ def compare(
 
 
 def _tree(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {
         "runs": [
             {"name": run.name, "path": run.path, "state": run.state["state"],
@@ -52,7 +45,10 @@ def _tree(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> 
             key: dict(zip((run.name for run in runs), values, strict=True))
             for key, values in differences
         },
-        "seeds": [asdict(group) for group in groups],
+        "seeds": [
+            {**asdict(group), "summary": [row.to_dict() for row in group.summary]}
+            for group in groups
+        ],
     }  # fmt: skip
 
 
@@ -61,8 +57,6 @@ def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> None:
-    from bnexp.cli.tables import output
-
     console = output()
     _print_differences(console, runs, differences)
     _print_curves(console, runs)
@@ -75,8 +69,6 @@ def _print(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) ->
 
 def _table(console, title: str, first: str, columns: Sequence[str]):
     """A table under the title, which is printed at once."""
-    from rich.table import Table
-
     console.print(f"\n{title}", style="bold")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(first, no_wrap=True)
@@ -118,8 +110,6 @@ def _print_curves(console, runs: Sequence[RunData]) -> None:
 
 
 def _print_final(console, runs: Sequence[RunData]) -> None:
-    from bnexp.analysis.verdict import signed
-
     kinds = list(
         dict.fromkeys(k["name"] for r in runs if r.comparison for k in r.comparison["kinds"])
     )
@@ -142,8 +132,6 @@ def _print_final(console, runs: Sequence[RunData]) -> None:
 
 
 def _print_seeds(console, group: SeedGroup) -> None:
-    from bnexp.analysis.verdict import signed, signed_interval
-
     columns = ("mean", "95 % interval", "std. dev.", "difference", "95 % interval")
     seeds = ", ".join(map(str, group.seeds))
     table = _table(
@@ -158,7 +146,7 @@ def _print_seeds(console, group: SeedGroup) -> None:
         ]
         if row.difference is not None:
             cells += [signed(row.difference), signed_interval(row.difference_interval)]
-        table.add_row(row.kind, *cells)
+        table.add_row(str(row.condition), *cells)
     console.print(table)
     console.print("t intervals of the mean over seeds; differences are paired by seed", style="dim")
     if group.repeated:

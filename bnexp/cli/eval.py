@@ -4,46 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-if TYPE_CHECKING:
-    from bnexp.config import Config
-    from bnexp.records import Run
+from bnexp.condition import made_by
+from bnexp.config import Config, resolve
+from bnexp.config.schema import RECOMPUTE_METHODS
+from bnexp.errors import UserError
+from bnexp.performance import allow_tf32, keep_freed_memory
+from bnexp.records import Run, find_run, newest_finished_run
 
 WEIGHTS = ("last", "best", "ema", "swa")
 
 
-def evaluate(
-    run: Annotated[
-        str | None, typer.Argument(help="Run folder or name; the newest finished run if left out.")
-    ] = None,
-    recompute_stats: Annotated[
-        bool, typer.Option("--recompute-stats", help="Also evaluate recomputed statistics.")
-    ] = False,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help="How to recompute: exact, pooled, batch-mean; may be repeated."),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=2, help="Training images to recompute from.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help=f"Which weights: {', '.join(WEIGHTS)}.")
-    ] = None,
-    batch: Annotated[
-        bool, typer.Option("--batch", help="Also evaluate mini-batch statistics.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+def run_eval(
+    run: str | None,
+    recompute_stats: bool,
+    method: list[str],
+    samples: int | None,
+    weights: str | None,
+    batch: bool,
+    device: str | None,
+    as_json: bool,
 ) -> None:
-    """Evaluate a run under each kind of BN statistics."""
-    from bnexp.config.schema import RECOMPUTE_METHODS
-    from bnexp.errors import UserError
-    from bnexp.records import find_run, newest_finished_run
-
-    methods = list(dict.fromkeys(method or []))
+    methods = list(dict.fromkeys(method))
     if unknown := [m for m in methods if m not in RECOMPUTE_METHODS]:
         raise UserError(f"--method {unknown[0]}: allowed are {', '.join(RECOMPUTE_METHODS)}")
     if (methods or samples) and not recompute_stats:
@@ -53,12 +35,9 @@ def evaluate(
     found = find_run(run) if run is not None else newest_finished_run()
     config = _with(found, methods[0] if len(methods) == 1 else None, samples)
     if config.performance.allocator:
-        from bnexp.performance import keep_freed_memory
-
         keep_freed_memory()
 
     from bnexp.device import describe_device, resolve_device
-    from bnexp.performance import allow_tf32
     from bnexp.training.session import Session
 
     allow_tf32(config.performance.tf32)
@@ -72,7 +51,7 @@ def evaluate(
             f"on {describe_device(resolved)}",
             file=sys.stderr,
         )
-    comparison = _compare(session, model, recompute_stats, methods, batch, not as_json)
+    comparison = _compare(session, model, weights, recompute_stats, methods, batch, not as_json)
     if as_json:
         head = {"run": str(found.path), "step": session.step, "weights": weights}
         print(json.dumps({**head, **comparison.to_dict()}, indent=2, allow_nan=False))
@@ -84,8 +63,6 @@ def evaluate(
 
 def _with(run: Run, method: str | None, samples: int | None) -> Config:
     """The run's config, recomputing as asked for."""
-    from bnexp.config import resolve
-
     asked = {"method": method, "samples": samples}
     overrides = [f"statistics.recompute.{k}={v}" for k, v in asked.items() if v is not None]
     return resolve(run.config, overrides, f"{run.path}/config.yaml")
@@ -93,7 +70,6 @@ def _with(run: Run, method: str | None, samples: int | None) -> Config:
 
 def _load(run, session, weights: str):
     """The model to evaluate, with the run's estimates in the session."""
-    from bnexp.errors import UserError
     from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint
 
     if weights == "best":
@@ -118,20 +94,22 @@ def _load(run, session, weights: str):
     return session.averaged_model(weights)
 
 
-def _compare(session, model, recompute_stats, methods, batch, show_progress):
-    from bnexp.evaluation.evaluate import assess, compare_assessment, kinds_to_assess
+def _compare(session, model, weights, recompute_stats, methods, batch, show_progress):
+    from bnexp.evaluation.evaluate import compare_evaluation, evaluate
+    from bnexp.training.subject import run_sources, run_subject
 
-    wanted = ["recomputed"] * recompute_stats + ["batch"] * batch
-    data, config = session.data, session.config
+    config = session.config
+    subject = run_subject(model, session.data, config)
     with session.autocast():
-        kinds = kinds_to_assess(
-            model,
-            data,
-            config,
+        sources = run_sources(
+            subject,
             session.estimates(),
-            wanted,
-            methods,
+            config,
+            recompute=recompute_stats,
+            batch=batch,
+            weights="trained" if weights == "last" else weights,
+            methods=methods,
             progress=show_progress and sys.stderr.isatty(),
         )
-        found = assess(model, data.test, config, kinds)
-        return compare_assessment(found, model, data, config)
+        found = evaluate(subject, sources, fold=config.performance.fold_batchnorm)
+        return compare_evaluation(subject, found, made_by(config.model_dump(mode="json")))

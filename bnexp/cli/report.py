@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from bnexp.errors import UserError
+from bnexp.records import find_run, newest_finished_run
+from bnexp.report.figures import save_plots
+from bnexp.report.page import write_report
+from bnexp.report.run_data import RunData
 
 FORMATS = ("html", "png", "svg")
 
 
-def report(
-    runs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RUN]...", help="Run folders or names; the newest finished run if left out."
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="The page, or the folder of the figures; in the run's folder if left out.",
-        ),
-    ] = None,
-    file_format: Annotated[
-        str, typer.Option("--format", help="html: one page; png or svg: every figure as a file.")
-    ] = "html",
-) -> None:
-    """Write one self-contained HTML page about runs."""
-    from bnexp.errors import UserError
-    from bnexp.records import find_run, newest_finished_run
-
+def run_report(runs: list[str], output: Path | None, file_format: str) -> None:
     if file_format not in FORMATS:
         raise UserError(f"--format {file_format}: allowed are {', '.join(FORMATS)}")
     found = [find_run(name) for name in runs] if runs else [newest_finished_run()]
     if file_format == "html":
-        from bnexp.report.page import write_report
-
         folder = found[0].path if len(found) == 1 else found[0].path.parent
         path = output or folder / "report.html"
         if path.is_dir():
@@ -53,9 +32,6 @@ def report(
         print(path)
         return
 
-    from bnexp.report.figures import save_plots
-    from bnexp.report.run_data import RunData
-
     for run in found:
         folder = output or run.path / "figures"
         if output and len(found) > 1:
@@ -66,8 +42,6 @@ def report(
 
 
 def _make_folder(folder: Path) -> None:
-    from bnexp.errors import UserError
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from bnexp.records import Run
+from bnexp.cli.tables import output
+from bnexp.errors import UserError
+from bnexp.records import Run, all_runs
 
 
-def runs(
-    folder: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
-) -> None:
-    """List the runs, newest first."""
-    from bnexp.records import all_runs
-
+def run_runs(folder: Path, as_json: bool) -> None:
     rows = [_describe_or_damaged(run) for run in all_runs(folder)]
     if as_json:
         print(json.dumps(rows, indent=2, allow_nan=False))
@@ -30,8 +25,6 @@ def runs(
 
 
 def _describe_or_damaged(run: Run) -> dict[str, Any]:
-    from bnexp.errors import UserError
-
     try:
         return describe(run)
     except (UserError, LookupError, TypeError):
@@ -68,10 +61,6 @@ def _test_accuracy(run: Run) -> float | None:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    from bnexp.cli.tables import output
-
     console = output()
     with_time = console.width >= 90
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)

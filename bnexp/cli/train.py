@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from filelock import Timeout
 
+from bnexp.config import Config, load_config
 from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
+from bnexp.performance import allow_tf32, keep_freed_memory
 from bnexp.records import Run, create_run, find_run
+from bnexp.records.environment import describe_environment
+from bnexp.training.resume import resume as resume_session
+from bnexp.training.resume import resumed_config
 
 if TYPE_CHECKING:
-    from bnexp.config import Config
     from bnexp.training.session import Session
 
 
-def train(
-    config: Annotated[
-        str | None, typer.Argument(help="YAML file; not needed with --resume.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="key=value", help="Dotted overrides: training.steps=500"),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
-    resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
-    ] = None,
+def run_train(
+    config: str | None,
+    overrides: list[str],
+    device: str | None,
+    name: str | None,
+    resume: str | None,
 ) -> None:
-    """Train a network and compare its BN statistics."""
-    from bnexp.config import load_config
-
-    assignments = list(overrides or [])
+    assignments = list(overrides)
     if resume and config and "=" in config:
         assignments.insert(0, config)
         config = None
@@ -42,8 +36,6 @@ def train(
     if name is not None:
         assignments.append(f"name={json.dumps(name)}")
     if resume:
-        from bnexp.training.resume import resumed_config
-
         run = find_run(resume)
         settings, changes = resumed_config(run, config, assignments)
     elif config:
@@ -53,19 +45,12 @@ def train(
         raise UserError("name a config, as in: bnexp train configs/digits.yaml")
 
     if settings.performance.allocator:
-        from bnexp.performance import keep_freed_memory
-
         keep_freed_memory()
     _train(settings, run, changes)
 
 
 def _train(config: Config, run: Run | None, changes: dict) -> None:
-    from filelock import Timeout
-
     from bnexp.device import describe_device, resolve_device
-    from bnexp.performance import allow_tf32
-    from bnexp.records.environment import describe_environment
-    from bnexp.training.resume import resume
     from bnexp.training.session import Session
 
     device = resolve_device(config.device)
@@ -81,7 +66,7 @@ def _train(config: Config, run: Run | None, changes: dict) -> None:
     except Timeout:
         raise UserError(f"{run.path} is still being trained by another process") from None
     with lock:
-        _run_to_the_end(run, session or resume(run, config, device, changes))
+        _run_to_the_end(run, session or resume_session(run, config, device, changes))
 
 
 def _run_to_the_end(run: Run, session: Session) -> None:
@@ -138,7 +123,7 @@ def _write_state(run: Run, session, state: str, message: str | None = None, weig
 
 def _check_expectations(config: Config, comparison) -> None:
     wanted = config.expect.test_accuracy
-    found = comparison.kinds[0].accuracy
+    found = comparison.base.accuracy
     if wanted is not None and found < wanted:
         raise ExpectationNotMet(
             f"expect.test_accuracy: {wanted:.2%} was expected, {found:.2%} was reached"

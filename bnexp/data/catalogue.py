@@ -1,4 +1,4 @@
-"""The data sets by name, and how a config becomes splits on a device."""
+"""The data sets by name, and how settings become splits on a device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnexp.config.schema import AugmentConfig, DataConfig
 from bnexp.data import files, sampling
 from bnexp.data.folder import Listing, list_folder, size_of
 from bnexp.data.memory import InMemorySplit
 from bnexp.data.pixels import Normalization, pixel_mean_and_std
+from bnexp.data.settings import Augmentation, DataSettings
 from bnexp.data.split import Data, DataInfo, Split
 from bnexp.data.stream import ImageFiles, StreamedSplit
 from bnexp.errors import UserError
@@ -23,7 +23,7 @@ IN_MEMORY_BYTES = 1 << 30
 """An image folder whose decoded images take more than this is streamed."""
 STATISTICS_IMAGES = 4096
 """So many training images of a streamed folder give its mean and standard deviation."""
-NO_AUGMENTATION = AugmentConfig()
+NO_AUGMENTATION = Augmentation()
 
 
 def load_digits(root: Path | None) -> files.Arrays:
@@ -52,8 +52,8 @@ _ARRAYS: dict[str, Callable[[Path | None], files.Arrays]] = {
 DATA_SETS = (*_ARRAYS, "image-folder")
 
 
-def load_data(config: DataConfig, device: torch.device, seed: int) -> Data:
-    """Training, validation and test split of the data set `config` names.
+def load_data(settings: DataSettings, *, seed: int, device: torch.device | str) -> Data:
+    """Training, validation and test split of the data set `settings` name.
 
     Images that fit lie on `device`. `seed` decides the validation split, the limited training
     images, the order of training and its augmentation; which test images there are does not
@@ -61,52 +61,54 @@ def load_data(config: DataConfig, device: torch.device, seed: int) -> Data:
     for an unknown name, and for files that are missing or damaged.
     """
     device = torch.device(device)
-    if config.name == "image-folder":
-        return _load_folder(config, device, seed)
-    if config.name not in _ARRAYS:
-        near = difflib.get_close_matches(config.name.lower(), DATA_SETS, n=3, cutoff=0.4)
+    if settings.name == "image-folder":
+        return _load_folder(settings, seed, device)
+    if settings.name not in _ARRAYS:
+        near = difflib.get_close_matches(settings.name.lower(), DATA_SETS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(DATA_SETS)}"
-        raise UserError(f"data.name: no data set is called {config.name!r}; {hint}")
+        raise UserError(f"data.name: no data set is called {settings.name!r}; {hint}")
 
-    return data_of(_ARRAYS[config.name](config.root), config, device, seed)
+    return data_of(_ARRAYS[settings.name](settings.root), settings, seed, device)
 
 
-def data_of(arrays: files.Arrays, config: DataConfig, device: torch.device, seed: int) -> Data:
+def data_of(arrays: files.Arrays, settings: DataSettings, seed: int, device: torch.device) -> Data:
     """What `load_data` makes of the images and labels once they are read."""
-    train, val, test = _choose(arrays.train_labels, arrays.test_labels, config, seed)
+    train, val, test = _choose(arrays.train_labels, arrays.test_labels, settings, seed)
     train_images = torch.from_numpy(arrays.train_images[train])
-    info = _info(config, train_images, arrays.classes)
-    pixel_size = tuple(train_images.shape[1:3])
-    normalize = Normalization(info.mean, info.std, pixel_size, info.image_size, device)
+    info = _info(settings, train_images, arrays.classes)
+    height, width = train_images.shape[1:3]
+    normalize = Normalization(info.mean, info.std, (height, width), info.image_size, device)
 
-    def split(images: Tensor, labels: np.ndarray, augment: AugmentConfig) -> InMemorySplit:
-        return InMemorySplit(images, torch.from_numpy(labels), normalize, augment, seed, device)
+    def split(images: Tensor, labels: np.ndarray, augmentation: Augmentation) -> InMemorySplit:
+        return InMemorySplit(
+            images, torch.from_numpy(labels), normalize, augmentation, seed, device
+        )
 
     def held_out(images: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> InMemorySplit:
         return split(torch.from_numpy(images[chosen]), labels[chosen], NO_AUGMENTATION)
 
     return Data(
         info,
-        split(train_images, arrays.train_labels[train], config.augment),
+        split(train_images, arrays.train_labels[train], settings.augmentation),
         held_out(arrays.train_images, arrays.train_labels, val) if len(val) else None,
         held_out(arrays.test_images, arrays.test_labels, test),
     )
 
 
 def _choose(
-    train_labels: np.ndarray, test_labels: np.ndarray, config: DataConfig, seed: int
+    train_labels: np.ndarray, test_labels: np.ndarray, settings: DataSettings, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sorted indices of the training, validation and test images; limits come before the split."""
-    train = _limited(train_labels, config.limit.train, sampling.generator(seed, "limit train"))
-    test = _limited(test_labels, config.limit.test, sampling.generator(0, "limit test"))
+    train = _limited(train_labels, settings.limit_train, sampling.generator(seed, "limit train"))
+    test = _limited(test_labels, settings.limit_test, sampling.generator(0, "limit test"))
     val = np.empty(0, dtype=np.int64)
-    if config.val_fraction:
+    if settings.val_fraction:
         stays, apart = sampling.split_off(
-            train_labels[train], config.val_fraction, sampling.generator(seed, "val")
+            train_labels[train], settings.val_fraction, sampling.generator(seed, "val")
         )
         if not len(stays) or not len(apart):
             raise UserError(
-                f"data.val_fraction {config.val_fraction:g} of {len(train)} images leaves none "
+                f"data.val_fraction {settings.val_fraction:g} of {len(train)} images leaves none "
                 f"for {'validation' if len(stays) else 'training'}"
             )
         train, val = train[stays], train[apart]
@@ -119,53 +121,56 @@ def _limited(labels: np.ndarray, limit: int | None, rng: np.random.Generator) ->
     return sampling.stratified_subset(labels, limit, rng)
 
 
-def _info(config: DataConfig, pixels: Tensor, classes: tuple[str, ...]) -> DataInfo:
+def _info(settings: DataSettings, pixels: Tensor, classes: tuple[str, ...]) -> DataInfo:
     """`pixels`: uint8 (N, H, W, C), training images that mean and standard deviation come from."""
     height, width, channels = pixels.shape[1:]
-    size = (config.image_size,) * 2 if config.image_size else (height, width)
+    size = (settings.image_size,) * 2 if settings.image_size else (height, width)
     mean, std = pixel_mean_and_std(pixels)
-    return DataInfo(config.name, channels, size, classes, mean, std)
+    return DataInfo(settings.name, channels, size, classes, mean, std)
 
 
 # ------------------------------------------------------------------------------- image folders
 
 
-def _load_folder(config: DataConfig, device: torch.device, seed: int) -> Data:
-    folder = list_folder(config.root)
-    train, val, test = _choose(folder.train.labels, folder.test.labels, config, seed)
-    if folder.val is not None and len(val):
+def _load_folder(settings: DataSettings, seed: int, device: torch.device) -> Data:
+    folder = list_folder(settings.root)
+    if folder.val is not None and settings.val_fraction:
         raise UserError(
-            f"{config.root} has a folder val/ of its own; take data.val_fraction out of the config"
+            f"{settings.root} has a folder val/ of its own; take data.val_fraction from the config"
         )
-    train, test = folder.train.take(train), folder.test.take(test)
-    val = folder.train.take(val) if folder.val is None else folder.val
-    size = (config.image_size,) * 2 if config.image_size else size_of(train.paths[0])
+    chosen = _choose(folder.train.labels, folder.test.labels, settings, seed)
+    train, val, test = (
+        listing.take(indices)
+        for listing, indices in zip((folder.train, folder.train, folder.test), chosen, strict=True)
+    )
+    val = folder.val or val
+    size = (settings.image_size,) * 2 if settings.image_size else size_of(train.paths[0])
     images = len(train) + len(val) + len(test)
     in_memory = images * size[0] * size[1] * 3 <= IN_MEMORY_BYTES
 
     def image_files(listing: Listing) -> ImageFiles:
-        return ImageFiles(listing.paths, size, resize=config.image_size is not None)
+        return ImageFiles(listing.paths, size, resize=settings.image_size is not None)
 
     def pixels(listing: Listing, count: int) -> Tensor:
         """uint8 (N, H, W, 3) of the first `count`; listings mix the classes."""
         indices = torch.arange(min(count, len(listing)))
-        return torch.cat(list(image_files(listing).load(indices.split(64), config.workers)))
+        return torch.cat(list(image_files(listing).load(indices.split(64), settings.workers)))
 
-    def split(listing: Listing, augment: AugmentConfig) -> Split:
+    def split(listing: Listing, augmentation: Augmentation) -> Split:
         labels = torch.from_numpy(listing.labels)
         if in_memory:
             held = train_pixels if listing is train else pixels(listing, len(listing))
-            return InMemorySplit(held, labels, normalize, augment, seed, device)
+            return InMemorySplit(held, labels, normalize, augmentation, seed, device)
         return StreamedSplit(
-            image_files(listing), labels, normalize, augment, seed, device, config.workers
+            image_files(listing), labels, normalize, augmentation, seed, device, settings.workers
         )
 
     train_pixels = pixels(train, len(train) if in_memory else STATISTICS_IMAGES)
-    info = _info(config, train_pixels, folder.classes)
+    info = _info(settings, train_pixels, folder.classes)
     normalize = Normalization(info.mean, info.std, size, info.image_size, device)
     return Data(
         info,
-        split(train, config.augment),
+        split(train, settings.augmentation),
         split(val, NO_AUGMENTATION) if len(val) else None,
         split(test, NO_AUGMENTATION),
     )

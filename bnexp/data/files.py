@@ -121,14 +121,14 @@ def load_idx(data_set: IdxDataSet, root: Path | None) -> Arrays:
     remarks = []
     for folder in folders:
         for place in _idx_places(data_set, folder):
-            found = {part: _idx_file(place, part) for part in IDX_PARTS}
-            missing = [part for part, path in found.items() if path is None]
+            found = _idx_files(place)
+            missing = [part for part in IDX_PARTS if part not in found]
             if not missing:
                 try:
                     return _read_idx_files(data_set, found)
                 except OtherDataSet as error:
                     remarks.append(str(error))
-            elif len(missing) < len(found):
+            elif found:
                 remarks.append(f"{place} lacks {_idx_name(missing[0])}")
     target = folders[0] / data_set.torchvision_name / "raw"
     advice = f"{data_set.advice}put the four .gz files into {target}"
@@ -136,7 +136,7 @@ def load_idx(data_set: IdxDataSet, root: Path | None) -> Arrays:
         import torchvision
 
         getattr(torchvision.datasets, data_set.torchvision_name)(folders[0], download=True)
-    return _read_idx_files(data_set, {part: _idx_file(target, part) for part in IDX_PARTS})
+    return _read_idx_files(data_set, _idx_files(target))
 
 
 def _idx_places(data_set: IdxDataSet, folder: Path) -> Iterator[Path]:
@@ -153,14 +153,15 @@ def _idx_name(part: str) -> str:
     return f"{stem}-{kind}-ubyte.gz"
 
 
-def _idx_file(folder: Path, part: str) -> Path | None:
-    stem, kind = IDX_PARTS[part]
-    for joint in "-", ".":
-        for suffix in "", ".gz":
-            path = folder / f"{stem}{joint}{kind}-ubyte{suffix}"
-            if path.is_file():
-                return path
-    return None
+def _idx_files(folder: Path) -> dict[str, Path]:
+    """The file of each part that `folder` has."""
+    found = {}
+    for part, (stem, kind) in IDX_PARTS.items():
+        names = (f"{stem}{joint}{kind}-ubyte{end}" for joint in "-." for end in ("", ".gz"))
+        path = next((p for p in map(folder.joinpath, names) if p.is_file()), None)
+        if path:
+            found[part] = path
+    return found
 
 
 def _read_idx_files(data_set: IdxDataSet, found: dict[str, Path]) -> Arrays:
@@ -326,7 +327,7 @@ def _load_torchvision(
             if len(missing) < len(parts):
                 remarks.append(f"{place} lacks {missing[0]}")
             continue
-        needed = {archive[0]: archive[1]} if missing else parts
+        needed = {archive[0]: archive[1]} if missing and archive else parts
         for file, md5 in needed.items():
             if not check_integrity(place / file, md5):
                 raise UserError(f"{place / file} is truncated or corrupt (md5 is wrong); {REPLACE}")

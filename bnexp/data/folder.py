@@ -53,13 +53,13 @@ def list_folder(root: Path | None) -> Folder:
     if not (root / "train").is_dir():
         classes = _class_names(root)
         everything = _list_images(root, classes)
-        train, test = split_off(everything.labels, TEST_FRACTION, generator(0, "folder test"))
-        if not len(test):
+        stays, apart = split_off(everything.labels, TEST_FRACTION, generator(0, "folder test"))
+        if not len(apart):
             raise UserError(
                 f"{root} has {len(everything)} images, too few to set a fifth apart for testing; "
                 "add some, or make folders train/ and test/"
             )
-        return Folder(everything.take(train), None, everything.take(test), classes)
+        return Folder(everything.take(stays), None, everything.take(apart), classes)
     classes = _class_names(root / "train")
     parts = {
         part: _list_images(root / part, classes)
@@ -68,8 +68,10 @@ def list_folder(root: Path | None) -> Folder:
     }
     if len(parts) == 1:
         raise UserError(f"{root} has train/ but neither test/ nor val/; add one of them")
-    test = parts.get("test", parts.get("val"))
-    return Folder(parts["train"], parts.get("val") if "test" in parts else None, test, classes)
+    val = parts.get("val")
+    if "test" in parts:
+        return Folder(parts["train"], val, parts["test"], classes)
+    return Folder(parts["train"], None, parts["val"], classes)
 
 
 def size_of(path: Path) -> tuple[int, int]:

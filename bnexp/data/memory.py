@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bnexp.config.schema import AugmentConfig
 from bnexp.data import sampling
 from bnexp.data.augmentation import shift_and_flip
 from bnexp.data.pixels import Normalization
+from bnexp.data.settings import Augmentation
 
 
 class InMemorySplit:
@@ -21,7 +21,7 @@ class InMemorySplit:
         images: Tensor,
         labels: Tensor,
         normalize: Normalization,
-        augment: AugmentConfig,
+        augmentation: Augmentation,
         seed: int,
         device: torch.device,
     ):
@@ -30,7 +30,7 @@ class InMemorySplit:
         self._images = images.contiguous().to(device)
         self._labels = labels.to(device)
         self._normalize = normalize
-        self._augment = augment
+        self._augmentation = augmentation
         self._seed = seed
         self._device = device
 
@@ -44,7 +44,7 @@ class InMemorySplit:
         self, batch_size: int, start_step: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         passes = sampling.training_passes(
-            len(self), batch_size, start_step, self._augment, self._seed
+            len(self), batch_size, start_step, self._augmentation, self._seed
         )
         for whole in passes:
             for part in whole.to(self._device).batches(batch_size):
@@ -54,7 +54,7 @@ class InMemorySplit:
         self, batch_size: int, samples: int | None = None, augment: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
         whole = sampling.inference_pass(
-            len(self), samples, self._augment if augment else None, self._seed
+            len(self), samples, self._augmentation if augment else None, self._seed
         )
         for part in whole.to(self._device).batches(batch_size):
             yield self._gather(part)
@@ -63,5 +63,5 @@ class InMemorySplit:
         flat = self._images.view(len(self), -1).index_select(0, part.order)
         images = flat.view(-1, *self._images.shape[1:])
         if part.draws is not None:
-            images = shift_and_flip(images, part.draws, self._augment.crop_padding)
+            images = shift_and_flip(images, part.draws, self._augmentation.crop_padding)
         return self._normalize(images), self._labels.index_select(0, part.order)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnexp.config.schema import AugmentConfig
+from bnexp.data.settings import Augmentation
 from bnexp.errors import UserError
 
 
@@ -57,18 +57,18 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def draw_augmentation(
-    count: int, augment: AugmentConfig, rng: np.random.Generator
+    count: int, augmentation: Augmentation, rng: np.random.Generator
 ) -> Tensor | None:
     """Random augmentation of `count` images for `augmentation.shift_and_flip`.
 
     int64 (count, 3): row and column at which the crop starts in the padded image, 0 to
     2 * crop_padding, and 1 where the image is mirrored. None when nothing is to be done.
     """
-    if not augment.crop_padding and not augment.flip:
+    if not augmentation.crop_padding and not augmentation.flip:
         return None
     draws = np.zeros((count, 3), dtype=np.int64)
-    draws[:, :2] = rng.integers(0, 2 * augment.crop_padding + 1, (count, 2))
-    if augment.flip:
+    draws[:, :2] = rng.integers(0, 2 * augmentation.crop_padding + 1, (count, 2))
+    if augmentation.flip:
         draws[:, 2] = rng.integers(0, 2, count)
     return torch.from_numpy(draws)
 
@@ -100,28 +100,28 @@ class Pass:
 
 
 def training_pass(
-    images: int, batch_size: int, epoch: int, augment: AugmentConfig, seed: int
+    images: int, batch_size: int, epoch: int, augmentation: Augmentation, seed: int
 ) -> Pass:
     """The shuffle of epoch number `epoch`, full batches only."""
     used = steps_per_epoch(images, batch_size) * batch_size
     order = generator(seed, "order", epoch).permutation(images)[:used]
-    draws = draw_augmentation(used, augment, generator(seed, "augmentation", epoch))
+    draws = draw_augmentation(used, augmentation, generator(seed, "augmentation", epoch))
     return Pass(torch.from_numpy(order), draws)
 
 
 def training_passes(
-    images: int, batch_size: int, start_step: int, augment: AugmentConfig, seed: int
+    images: int, batch_size: int, start_step: int, augmentation: Augmentation, seed: int
 ) -> Iterator[Pass]:
     """What is left of the epoch that `start_step` falls into, then epoch after epoch."""
     epoch, done = divmod(start_step, steps_per_epoch(images, batch_size))
     while True:
-        whole = training_pass(images, batch_size, epoch, augment, seed)
+        whole = training_pass(images, batch_size, epoch, augmentation, seed)
         yield whole[done * batch_size :]
         epoch, done = epoch + 1, 0
 
 
 def inference_pass(
-    images: int, samples: int | None, augment: AugmentConfig | None, seed: int
+    images: int, samples: int | None, augmentation: Augmentation | None, seed: int
 ) -> Pass:
     """All images in order, or the first `samples` of a fixed shuffle."""
     if samples is None:
@@ -129,8 +129,8 @@ def inference_pass(
     else:
         order = generator(seed, "samples").permutation(images)[:samples]
     draws = None
-    if augment is not None:
-        draws = draw_augmentation(len(order), augment, generator(seed, "augmented inference"))
+    if augmentation is not None:
+        draws = draw_augmentation(len(order), augmentation, generator(seed, "augmented inference"))
     return Pass(torch.from_numpy(order), draws)
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from bnexp.config.schema import AugmentConfig
 from bnexp.data import sampling
 from bnexp.data.augmentation import shift_and_flip
 from bnexp.data.pixels import Normalization
+from bnexp.data.settings import Augmentation
 from bnexp.errors import UserError
 
 
@@ -51,7 +51,7 @@ def decode(path: Path, image_size: tuple[int, int], resize: bool) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class ImageFiles:
+class ImageFiles(Dataset):
     """Image files as a map-style data set for worker processes."""
 
     paths: list[Path]
@@ -75,7 +75,7 @@ class ImageFiles:
         self, batches: Iterable[Tensor], workers: int, pin_memory: bool = False
     ) -> Iterator[Tensor]:
         """uint8 (B, H, W, 3) for each int64 (B,) of indices, in order, decoded by `workers`."""
-        loader = DataLoader(
+        loader: DataLoader = DataLoader(
             self,
             batch_sampler=(indices.tolist() for indices in batches),
             num_workers=workers,
@@ -110,7 +110,7 @@ class StreamedSplit:
         files: ImageFiles,
         labels: Tensor,
         normalize: Normalization,
-        augment: AugmentConfig,
+        augmentation: Augmentation,
         seed: int,
         device: torch.device,
         workers: int,
@@ -118,7 +118,7 @@ class StreamedSplit:
         self.labels = labels
         self._files = files
         self._normalize = normalize
-        self._augment = augment
+        self._augmentation = augmentation
         self._seed = seed
         self._device = device
         self._workers = workers
@@ -134,7 +134,7 @@ class StreamedSplit:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         def parts() -> Iterator[sampling.Pass]:
             for whole in sampling.training_passes(
-                len(self), batch_size, start_step, self._augment, self._seed
+                len(self), batch_size, start_step, self._augmentation, self._seed
             ):
                 yield from whole.batches(batch_size)
 
@@ -144,7 +144,7 @@ class StreamedSplit:
         self, batch_size: int, samples: int | None = None, augment: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
         whole = sampling.inference_pass(
-            len(self), samples, self._augment if augment else None, self._seed
+            len(self), samples, self._augmentation if augment else None, self._seed
         )
         return self._load(whole.batches(batch_size), whole.batches(batch_size))
 
@@ -159,6 +159,6 @@ class StreamedSplit:
             images = pixels.to(self._device, non_blocking=pixels.is_pinned())
             if part.draws is not None:
                 draws = sampling.upload(part.draws, self._device)
-                images = shift_and_flip(images, draws, self._augment.crop_padding)
+                images = shift_and_flip(images, draws, self._augmentation.crop_padding)
             labels = sampling.upload(self.labels[part.order], self._device)
             yield self._normalize(images), labels

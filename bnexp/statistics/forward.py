@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnexp.errors import NotFinite, UserError
 from bnexp.statistics.moments import Moments
@@ -48,68 +44,6 @@ def runner(model: nn.Module, device: torch.device, forward: Callable | None) -> 
         model(x)
 
     return run
-
-
-@contextlib.contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Inference mode for all modules, no gradients; RNG states, training flags and buffers that
-    the forward passes change are restored at the end."""
-    training = [module for module in model.modules() if module.training]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type != "cpu"}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
-        for kind in sorted({d.type for d in devices} & {"cuda", "xpu"}):
-            indices = [d.index or 0 for d in devices if d.type == kind]
-            stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
-        stack.enter_context(torch.random.fork_rng([]))
-        stack.callback(random.setstate, random.getstate())
-        if (numpy_random := sys.modules.get("numpy.random")) is not None:
-            stack.callback(numpy_random.set_state, numpy_random.get_state())
-        stack.enter_context(eagerly())
-        # The fused encoder layer takes any norm1 and norm2 for LayerNorm.
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(lambda: [setattr(module, "training", True) for module in training])
-        for module in training:
-            module.training = False
-        stack.callback(_restore_buffers, _buffers(model))
-        stack.enter_context(torch.no_grad())
-        yield
-
-
-_Buffers = list[tuple[nn.Module, dict[str, Tensor | None], list[tuple[Tensor, int, Tensor]]]]
-
-
-def _buffers(model: nn.Module) -> _Buffers:
-    """The buffers of each module but BN layers, whose own are never touched, with copies."""
-    return [
-        (
-            module,
-            dict(module._buffers),
-            [
-                (buffer, buffer._version, buffer.clone())
-                for buffer in module._buffers.values()
-                if buffer is not None and not buffer.is_inference()
-            ],
-        )
-        for module in model.modules()
-        if module._buffers and not isinstance(module, _BatchNorm)
-    ]
-
-
-def _restore_buffers(saved: _Buffers) -> None:
-    for module, buffers, values in saved:
-        module._buffers.update(buffers)
-        for buffer, version, value in values:
-            if buffer._version != version:
-                buffer.copy_(value)
-
-
-def eagerly() -> contextlib.AbstractContextManager:
-    """Compiled code must not run: it has the BN layers' own forward built in."""
-    if "torch._dynamo" in sys.modules:
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
 
 
 def length_of(batches: Iterable) -> int | None:

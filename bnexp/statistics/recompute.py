@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
+from bnexp.nn.inference import eagerly, inference
 from bnexp.nn.layers import batchnorm_layers, normalized_by, original_module
 from bnexp.statistics.exact import Exact, MemoryEstimate, belongs_to_caller
 from bnexp.statistics.forward import (
     device_of,
-    eagerly,
-    inference,
     length_of,
     need_two,
     no_batches,
@@ -112,7 +111,7 @@ def recompute_statistics(
     device = torch.device(device) if device is not None else device_of(model)
     bound = memory_bound(memory, device)
     run = runner(model, device, forward)
-    with inference(model), reporting(progress, method) as report:
+    with eagerly(), inference(model), reporting(progress, method) as report:
         if method == "exact":
             result = Exact(layers, run, stop_after, report).over(batches, device, bound)
         else:
@@ -145,7 +144,7 @@ def estimate_memory(
     layers = batchnorm_layers(model)
     device = torch.device(device) if device is not None else device_of(model)
     bound = memory_bound(memory, device)
-    with inference(model), reporting(False, "exact") as report:
+    with eagerly(), inference(model), reporting(False, "exact") as report:
         exact = Exact(layers, runner(model, device, forward), stop_after, report)
         first = next(iter(batches), None)
         if first is None:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from bnexp.config import Config
-from bnexp.config.schema import CumulativeConfig, EmaConfig
-from bnexp.data import load_data
-from bnexp.data.split import Data
+from bnexp.config.schema import CumulativeConfig, DataConfig, EmaConfig
+from bnexp.data import Augmentation, Data, DataSettings, load_data
 from bnexp.errors import UserError
 from bnexp.networks import build_model
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
@@ -42,6 +41,19 @@ def _estimators(config: Config) -> dict:
     return estimators
 
 
+def data_settings(config: DataConfig) -> DataSettings:
+    return DataSettings(
+        name=config.name,
+        root=config.root,
+        val_fraction=config.val_fraction,
+        augmentation=Augmentation(config.augment.crop_padding, config.augment.flip),
+        image_size=config.image_size,
+        workers=config.workers,
+        limit_train=config.limit.train,
+        limit_test=config.limit.test,
+    )
+
+
 class Session:
     """Data, model, optimizer, estimators and averages of one training, built from its config.
 
@@ -63,7 +75,7 @@ class Session:
         training = config.training
         self.config = config
         self.device = device
-        self.data = data or load_data(config.data, device, config.seed)
+        self.data = data or load_data(data_settings(config.data), seed=config.seed, device=device)
         if training.early_stopping and self.data.val is None:
             raise UserError(
                 "training.early_stopping needs validation images: set data.val_fraction"

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from bnexp.config.schema import DataConfig, OneCycleSchedule, SgdConfig  # noqa: E402
-from bnexp.data import Data, load_data  # noqa: E402
+from bnexp.config.schema import OneCycleSchedule, SgdConfig  # noqa: E402
+from bnexp.data import Data, DataSettings, load_data  # noqa: E402
 from bnexp.networks import build_model  # noqa: E402
 from bnexp.performance import keep_freed_memory  # noqa: E402
 from bnexp.statistics import (  # noqa: E402
@@ -182,8 +182,8 @@ def costs(model: nn.Module, images: Tensor) -> dict:
 
 def measure() -> dict:
     keep_freed_memory()
-    config = DataConfig(name="fashion-mnist", limit={"train": IMAGES, "test": TEST_IMAGES})
-    data = load_data(config, torch.device("cpu"), 0)
+    settings = DataSettings("fashion-mnist", limit_train=IMAGES, limit_test=TEST_IMAGES)
+    data = load_data(settings, seed=0, device="cpu")
     model = train(data)
     images = torch.cat([x for x, _ in data.train.batches(BATCH)])
     by_class = list(images[data.train.labels.argsort(stable=True)].split(BATCH))

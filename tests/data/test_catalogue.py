@@ -15,8 +15,7 @@ import torch
 from image_folders import write_images
 from PIL import Image
 
-from bnexp.config.schema import AugmentConfig, DataConfig, LimitConfig
-from bnexp.data import DATA_SETS, catalogue, load_data
+from bnexp.data import DATA_SETS, Augmentation, DataSettings, catalogue, load_data
 from bnexp.data.memory import InMemorySplit
 from bnexp.data.stream import StreamedSplit
 from bnexp.errors import UserError
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def load(name="digits", seed=0, **keys):
-    return load_data(DataConfig(name=name, **keys), CPU, seed)
+    return load_data(DataSettings(name, **keys), seed=seed, device=CPU)
 
 
 def pixels_of(data, split) -> np.ndarray:
@@ -74,10 +73,10 @@ def test_digits_are_small_and_come_with_source_and_licence():
         assert part in text
 
 
-def test_loading_digits_imports_no_torchvision():
+def test_loading_digits_imports_neither_torchvision_nor_the_config():
     program = (
-        "import sys, bnexp.data as d; from bnexp.config.schema import DataConfig;"
-        "d.load_data(DataConfig(name='digits'), 'cpu', 0); assert 'torchvision' not in sys.modules"
+        "import sys, bnexp.data as d; d.load_data(d.DataSettings('digits'), seed=0, device='cpu');"
+        "assert not [m for m in sys.modules if m in ('torchvision', 'bnexp.config')]"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -120,7 +119,7 @@ def test_validation_images_are_stratified_and_taken_from_training():
 
 
 def test_the_seed_decides_validation_and_limited_training_but_not_the_test_images():
-    keys = {"val_fraction": 0.2, "limit": LimitConfig(train=300, test=100)}
+    keys = {"val_fraction": 0.2, "limit_train": 300, "limit_test": 100}
     a, same, other = load(**keys), load(**keys), load(seed=1, **keys)
     for split in "train", "val", "test":
         assert np.array_equal(
@@ -134,7 +133,7 @@ def test_the_seed_decides_validation_and_limited_training_but_not_the_test_image
 
 
 def test_limits_beyond_the_data_change_nothing():
-    data = load(limit=LimitConfig(train=5000, test=5000))
+    data = load(limit_train=5000, limit_test=5000)
     assert (len(data.train), len(data.test)) == (1297, 500)
 
 
@@ -148,11 +147,11 @@ def test_normalization_uses_the_training_images_alone():
 
 def test_a_validation_share_without_images_is_refused():
     with pytest.raises(UserError, match=r"val_fraction 0.01 of 20 images leaves none for valid"):
-        load(val_fraction=0.01, limit=LimitConfig(train=20))
+        load(val_fraction=0.01, limit_train=20)
 
 
 def test_only_training_batches_are_augmented():
-    data = load(val_fraction=0.1, augment=AugmentConfig(crop_padding=1))
+    data = load(val_fraction=0.1, augmentation=Augmentation(crop_padding=1))
     plain = identities(data, data.train)
     x = next(data.train.training_batches(64))[0].permute(0, 2, 3, 1).double().numpy()
     bytes_ = ((x * data.info.std[0] + data.info.mean[0]) * 255).round().astype(int)
@@ -221,7 +220,12 @@ def test_batches_of_a_folder_mix_the_classes(tmp_path):
 
 def test_a_large_folder_streams_with_the_same_batches(tmp_path, monkeypatch):
     write_images(tmp_path, CLASSES)
-    keys = {"root": tmp_path, "workers": 1, "image_size": 8, "augment": {"flip": True}}
+    keys = {
+        "root": tmp_path,
+        "workers": 1,
+        "image_size": 8,
+        "augmentation": Augmentation(flip=True),
+    }
     held = load("image-folder", **keys)
     monkeypatch.setattr(catalogue, "IN_MEMORY_BYTES", 40 * 8 * 8 * 3 - 1)
     flowing = load("image-folder", **keys)
@@ -285,11 +289,11 @@ def test_what_is_no_image_of_a_folder_is_passed_over(tmp_path):
     write_images(tmp_path, {"cat": 10, "dog": 10})
     (tmp_path / "cat" / "._000.png").write_bytes(b"what macOS leaves")
     (tmp_path / "dog" / "more.png").mkdir()
-    data = load_data(DataConfig(name="image-folder", root=tmp_path), CPU, seed=0)
+    data = load("image-folder", root=tmp_path)
     assert len(data.train) + len(data.test) == 20
 
 
 def test_too_few_images_for_a_test_set(tmp_path):
     write_images(tmp_path, {"cat": 1, "dog": 1})
     with pytest.raises(UserError, match="too few to set a fifth apart"):
-        load_data(DataConfig(name="image-folder", root=tmp_path), CPU, seed=0)
+        load("image-folder", root=tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnexp.config.schema import AugmentConfig
+from bnexp.data import Augmentation
 from bnexp.data.memory import InMemorySplit
 from bnexp.data.pixels import Normalization
 
@@ -23,7 +23,7 @@ def numbered_split(count=53, size=(4, 6), augment=None, seed=3) -> InMemorySplit
     images[:, :, 0] = 255
     normalize = Normalization(*IDENTITY, size, size, CPU)
     return InMemorySplit(
-        images, torch.arange(count), normalize, augment or AugmentConfig(), seed, CPU
+        images, torch.arange(count), normalize, augment or Augmentation(), seed, CPU
     )
 
 
@@ -63,14 +63,14 @@ def test_samples_are_the_beginning_of_one_fixed_shuffle():
 
 @pytest.mark.parametrize("start", [0, 3, 5, 17])
 def test_resuming_gives_the_batches_of_the_uninterrupted_run(start):
-    augment = AugmentConfig(crop_padding=2, flip=True)
+    augment = Augmentation(crop_padding=2, flip=True)
     whole = islice(numbered_split(augment=augment).training_batches(10), start, 25)
     resumed = islice(numbered_split(augment=augment).training_batches(10, start), 25 - start)
     assert equal_batches(whole, resumed)
 
 
 def test_calls_do_not_disturb_each_other_and_repeat():
-    split = numbered_split(augment=AugmentConfig(crop_padding=2, flip=True))
+    split = numbered_split(augment=Augmentation(crop_padding=2, flip=True))
     undisturbed = list(islice(split.training_batches(10), 8))
     disturbed = []
     for batch in islice(split.training_batches(10), 8):
@@ -82,7 +82,7 @@ def test_calls_do_not_disturb_each_other_and_repeat():
 
 
 def test_augmentation_is_for_training_and_on_request():
-    split = numbered_split(augment=AugmentConfig(flip=True))
+    split = numbered_split(augment=Augmentation(flip=True))
 
     def mirrored(batches):
         x = torch.cat([x for x, _ in batches])
@@ -96,7 +96,7 @@ def test_augmentation_is_for_training_and_on_request():
 def test_global_random_state_is_untouched():
     torch.manual_seed(1)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    split = numbered_split(augment=AugmentConfig(crop_padding=2, flip=True))
+    split = numbered_split(augment=Augmentation(crop_padding=2, flip=True))
     list(islice(split.training_batches(10), 12))
     list(split.batches(10, samples=30, augment=True))
     assert torch.equal(torch.get_rng_state(), states[0])

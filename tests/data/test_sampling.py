@@ -8,12 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnexp.config.schema import AugmentConfig
-from bnexp.data import sampling
+from bnexp.data import Augmentation, sampling
 from bnexp.errors import UserError
 
-PLAIN = AugmentConfig()
-AUGMENT = AugmentConfig(crop_padding=2, flip=True)
+PLAIN = Augmentation()
+AUGMENT = Augmentation(crop_padding=2, flip=True)
 
 
 @given(

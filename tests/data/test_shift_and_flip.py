@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
-from bnexp.config.schema import AugmentConfig
+from bnexp.data import Augmentation
 from bnexp.data.augmentation import shift_and_flip
 from bnexp.data.sampling import draw_augmentation
 
@@ -34,7 +34,7 @@ def torchvision_one_by_one(images, draws, padding):
 @pytest.mark.parametrize("flip", [False, True])
 def test_equals_torchvision_given_the_same_draws(shape, padding, flip):
     images = random_images(*shape)
-    augment = AugmentConfig(crop_padding=padding, flip=flip)
+    augment = Augmentation(crop_padding=padding, flip=flip)
     draws = draw_augmentation(shape[0], augment, np.random.default_rng(1))
     if draws is None:
         assert padding == 0 and not flip
@@ -55,7 +55,7 @@ def test_extreme_corners():
 
 def test_draws_cover_every_offset_evenly_and_flip_half():
     draws = draw_augmentation(
-        90_000, AugmentConfig(crop_padding=1, flip=True), np.random.default_rng(0)
+        90_000, Augmentation(crop_padding=1, flip=True), np.random.default_rng(0)
     )
     cells = torch.zeros(3, 3, 2, dtype=torch.int64)
     cells.index_put_(tuple(draws.T), torch.ones(len(draws), dtype=torch.int64), accumulate=True)
@@ -64,7 +64,7 @@ def test_draws_cover_every_offset_evenly_and_flip_half():
 
 
 def test_draws_leave_out_what_is_switched_off():
-    flips_only = draw_augmentation(500, AugmentConfig(flip=True), np.random.default_rng(0))
+    flips_only = draw_augmentation(500, Augmentation(flip=True), np.random.default_rng(0))
     assert flips_only[:, :2].max() == 0 and set(flips_only[:, 2].tolist()) == {0, 1}
-    shifts_only = draw_augmentation(500, AugmentConfig(crop_padding=2), np.random.default_rng(0))
+    shifts_only = draw_augmentation(500, Augmentation(crop_padding=2), np.random.default_rng(0))
     assert shifts_only[:, 2].max() == 0 and shifts_only[:, :2].max() == 4

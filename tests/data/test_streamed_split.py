@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from bnexp.config.schema import AugmentConfig
+from bnexp.data import Augmentation
 from bnexp.data.memory import InMemorySplit
 from bnexp.data.pixels import Normalization
 from bnexp.data.stream import ImageFiles, StreamedSplit, decode
@@ -23,7 +23,7 @@ from bnexp.errors import UserError
 
 CPU = torch.device("cpu")
 SIZE = (8, 8)
-AUGMENT = AugmentConfig(crop_padding=2, flip=True)
+AUGMENT = Augmentation(crop_padding=2, flip=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,122 @@
+"""What each command takes. Its module, with all that is heavy, is imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+
+
+def train(
+    config: Annotated[
+        str | None, typer.Argument(help="YAML file; not needed with --resume.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=value", help="Dotted overrides: training.steps=500"),
+    ] = None,
+    device: Device = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
+    ] = None,
+) -> None:
+    """Train a network and compare its BN statistics."""
+    from bnexp.cli.train import run_train
+
+    run_train(config, overrides or [], device, name, resume)
+
+
+def evaluate(
+    run: Annotated[
+        str | None, typer.Argument(help="Run folder or name; the newest finished run if left out.")
+    ] = None,
+    recompute_stats: Annotated[
+        bool, typer.Option("--recompute-stats", help="Also evaluate recomputed statistics.")
+    ] = False,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="How to recompute: exact, pooled, batch-mean; may be repeated."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Training images to recompute from.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Which weights: last, best, ema, swa.")
+    ] = None,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Also evaluate mini-batch statistics.")
+    ] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run under each kind of BN statistics."""
+    from bnexp.cli.eval import run_eval
+
+    run_eval(run, recompute_stats, method or [], samples, weights, batch, device, as_json)
+
+
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...", help="Run folders or names; the newest finished run if left out."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The page, or the folder of the figures; in the run's folder if left out.",
+        ),
+    ] = None,
+    file_format: Annotated[
+        str, typer.Option("--format", help="html: one page; png or svg: every figure as a file.")
+    ] = "html",
+) -> None:
+    """Write one self-contained HTML page about runs."""
+    from bnexp.cli.report import run_report
+
+    run_report(runs or [], output, file_format)
+
+
+def runs(
+    folder: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List the runs, newest first."""
+    from bnexp.cli.runs import run_runs
+
+    run_runs(folder, as_json)
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more.")],
+    as_json: Json = False,
+) -> None:
+    """Set runs side by side."""
+    from bnexp.cli.compare import run_compare
+
+    run_compare(runs, as_json)
+
+
+def config(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML file to resolve.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value", help="Dotted overrides.")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema for editors instead.")
+    ] = False,
+) -> None:
+    """Print the resolved config, defaults filled in."""
+    from bnexp.cli.config import run_config
+
+    run_config(path, overrides or [], schema)

@@ -1,0 +1,37 @@
+"""What can be asked of a data set, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to its images, at random."""
+
+    crop_padding: int = 0
+    """Pad by so many black pixels on every side, then crop to the original size."""
+    flip: bool = False
+    """Mirror left and right with probability one half."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which images to load, and how."""
+
+    name: str
+    """One of `catalogue.DATA_SETS`."""
+    root: Path | None = None
+    """Where the files are, or go when downloaded; see `files.search_folders`."""
+    val_fraction: float = 0.0
+    """Share of the training images kept apart for validation."""
+    augmentation: Augmentation = Augmentation()
+    image_size: int | None = None
+    """Side of the square that images are resized to; None leaves them as they are."""
+    workers: int = 2
+    """How many images of a folder are decoded at a time, beside what else is done."""
+    limit_train: int | None = None
+    """At most so many training images, chosen by the seed; None for all."""
+    limit_test: int | None = None
+    """At most so many test images, the same ones whatever the seed; None for all."""
