@@ -30,6 +30,8 @@ FAR_OFF = 0.5
 # median layer; averages that lag are off by more with depth.
 FIRST_SHARE = 0.5
 SIGNIFICANT = 0.05
+# What is looked at besides the conditions counts from this p-value on: nobody asked for it.
+BY_THE_WAY = 0.01
 # Batch statistics "much" better than both others: by this share of samples at least.
 MUCH = 0.01
 
@@ -396,7 +398,11 @@ def _averaged(layer: LayerFacts) -> float:
 
 def _off(facts: Facts) -> list[Distance]:
     """The layers whose averages are beyond noise, where that costs something or is a lot."""
-    off = [d for d in distances(facts) if d.beyond_noise]
+    off = [
+        d
+        for d in distances(facts)
+        if d.beyond_noise and d.layer.initial_share < INITIAL_SHARE  # has a finding of its own
+    ]
     gain = facts.recomputed
     matters = gain is not None and (gain.better or gain.worse)
     return off if matters or any(d.size > FAR_OFF for d in off) else []
@@ -407,7 +413,7 @@ def _first_are_off(facts: Facts) -> bool:
     everything, off = distances(facts), _off(facts)
     if not off or everything[0] not in off:
         return False
-    return everything[0].size >= FIRST_SHARE * float(np.median([d.size for d in everything]))
+    return everything[0].size >= FIRST_SHARE * float(np.median([d.size for d in off]))
 
 
 def inputs_differ(facts: Facts) -> Finding | None:
@@ -422,7 +428,8 @@ def inputs_differ(facts: Facts) -> Finding | None:
         _effect(facts, "The averages belong to other inputs than these"),
         "Look at the inputs first: mean and std, the range (0 to 1, or 0 to 255), RGB or BGR, size "
         "and augmentation must be those of training. If this is another domain, recomputed "
-        "statistics adapt to it (AdaBN), or blend them with those of training (prior=...).",
+        "statistics adapt to it (AdaBN), or blend them with those of training (prior=...). If the "
+        "inputs are the same, the averages lag behind the first layer's weights.",
         recomputing_helps=_helps(facts),
     )
 
@@ -489,9 +496,11 @@ def recomputing_hurts(facts: Facts) -> Finding | None:
 
 
 def other_eps(facts: Facts) -> Finding | None:
-    if facts.other_eps is None or not facts.other_eps[1].better:
+    if facts.other_eps is None:
         return None
     eps, gain = facts.other_eps
+    if not gain.better or gain.p >= BY_THE_WAY:
+        return None
     return Finding(
         "eps",
         _names(facts.layers),
@@ -640,7 +649,7 @@ def used_uncalled(facts: Facts) -> Finding | None:
 
 def halves_differ(facts: Facts) -> Finding | None:
     halves = facts.halves
-    if halves is None or not (halves.gain.better or halves.gain.worse):
+    if halves is None or halves.gain.p >= BY_THE_WAY:
         return None
     return Finding(
         "too-few-samples",

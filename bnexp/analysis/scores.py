@@ -83,7 +83,7 @@ def compare_scores(
             raise UserError(f"{condition} and {baseline} were not scored on the same samples")
         if not np.isfinite(found).all():
             bad = int((~np.isfinite(found)).sum())
-            raise UserError(f"{bad:,} of {len(found):,} scores of {condition} are not finite numbers")
+            raise UserError(f"{bad:,} of {len(found):,} scores of {condition} are not finite")
     others = [condition for condition in values if condition != baseline]
     gains = {condition: gain(base, values[condition]) for condition in others}
     corrected = dict(zip(others, holm([gains[c].p for c in others]), strict=True))
@@ -153,7 +153,7 @@ def _judge(
     base, pairs = results[0], paired_results(results)
     # Equal enough is a hundredth of what scores can differ by: of 1 for scores between 0 and 1,
     # else of how much samples differ.
-    unit = all(0 <= v.min() and v.max() <= 1 for v in values)
+    unit = all(v.min() >= 0 and v.max() <= 1 for v in values)
     close = AGREEMENT * (1.0 if unit else float(values[0].std()))
     compared = compared_result(results)
     if compared is None:
@@ -176,7 +176,12 @@ def _outcome(pair: Paired, close: float) -> Outcome:
 
 
 def _sentence(
-    base: Result, other: Result, pair: Paired, name: str, close: float, made: Mapping[str, str],
+    base: Result,
+    other: Result,
+    pair: Paired,
+    name: str,
+    close: float,
+    made: Mapping[str, str],
     corrected: str,
 ) -> str:
     first, second = capital(base.label), statistics_label(other.condition, made)

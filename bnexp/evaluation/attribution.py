@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnexp.nn.inference import inference
 from bnexp.nn.layers import batchnorm_layers
@@ -55,59 +56,75 @@ class Attribution:
 
 
 def attribute(
-    model: nn.Module, batches: Callable[[], Iterable], loss: Loss, first: Statistics,
+    model: nn.Module,
+    batches: Callable[[], Iterable],
+    loss: Loss,
+    first: Statistics,
     second: Statistics,
 ) -> Attribution | None:
     """Attribute `loss under first - loss under second` to the layers and channels of both.
 
-    With θ the means and variances of all layers together and g the gradient of the mean loss with
-    respect to them, the trapezoid of the line from one to the other:
+    With θ the means and the logarithms of `var + eps` of all layers together, and g the gradient
+    of the mean loss with respect to them at the ends and in the middle of the line between:
 
-        L(first) - L(second) ≈ ½ (g(first) + g(second)) · (θ_first - θ_second)
+        L(first) - L(second) ≈ (g(first) + 4 g(middle) + g(second)) / 6 · (θ_first - θ_second)
 
-    Exact where the loss is quadratic in θ in between; `explained` beside `difference` says how
-    good it is. The gradient with respect to all of θ takes one backward pass: with
-    `y = w·(x - mean)/s + b` and `s = sqrt(var + eps)`, `dL/dmean = -w/s · dL/db` and
-    `dL/dvar = -w/(2 s²) · dL/dw`.
+    (Simpson's rule: exact for losses of up to the fourth degree along the line; `explained` beside
+    `difference` says how good it is. The trapezoid of the ends alone is much worse where averages
+    still hold half of their initial values, and so are variances without the logarithm.) All of
+    g takes one backward pass: with `y = w·(x - mean)/s + b` and `s² = var + eps`,
+    `dL/dmean = -w/s · dL/db` and `dL/dlog(s²) = -w/2 · dL/dw`.
 
-    Takes two passes over what `batches` gives, each forward and backward. The model is as before
+    Takes three passes over what `batches` gives, each forward and backward. The model is as before
     afterwards. None where the loss has no gradient, or is not finite.
     """
+    eps = {name: float(layer.eps) for name, layer in batchnorm_layers(model).items()}
     shared = [name for name in first.names if name in second.mean]
-    ends = []
-    for statistics in (first, second):
-        end = _gradients(model, batches(), loss, statistics)
-        if end is None:
+    mean = [{n: s.mean[n].detach().double().cpu() for n in shared} for s in (first, second)]
+    log = [
+        {n: (s.var[n].detach().double().cpu() + eps[n]).log() for n in shared}
+        for s in (first, second)
+    ]
+    middle = Statistics(
+        {n: (mean[0][n] + mean[1][n]) / 2 for n in shared},
+        {n: ((log[0][n] + log[1][n]) / 2).exp() - eps[n] for n in shared},
+        dict.fromkeys(shared, 0),
+    )
+    points = []
+    for statistics in (first, middle, second):
+        point = _gradients(model, batches(), loss, statistics, shared)
+        if point is None:
             return None
-        ends.append(end)
-    layers = []
-    for name in shared:
-        steps = [
-            (a[name].double() - b[name].double().to(a[name].device)).cpu()
-            for a, b in ((first.mean, second.mean), (first.var, second.var))
-        ]
-        slopes = [(one[name] + other[name]) / 2 for one, other in zip(
-            ends[0].gradients, ends[1].gradients, strict=True)]
-        layers.append(LayerShare(name, *(s * d for s, d in zip(slopes, steps, strict=True))))
+        points.append(point)
+    start, half, end = points
+    layers = [
+        LayerShare(
+            name,
+            *(
+                (a[name] + 4 * b[name] + c[name]) / 6 * (theta[0][name] - theta[1][name])
+                for a, b, c, theta in zip(
+                    start.gradients, half.gradients, end.gradients, (mean, log), strict=True
+                )
+            ),
+        )
+        for name in shared
+    ]
     return Attribution(
-        tuple(layers),
-        ends[0].loss - ends[1].loss,
-        sum(layer.loss for layer in layers),
-        ends[0].samples,
+        tuple(layers), start.loss - end.loss, sum(layer.loss for layer in layers), start.samples
     )
 
 
 @dataclass(frozen=True)
-class _End:
+class _Point:
     loss: float
     samples: int
     gradients: tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def _gradients(
-    model: nn.Module, batches: Iterable, loss: Loss, statistics: Statistics
-) -> _End | None:
-    """The mean loss and its gradients with respect to the means and the variances."""
+    model: nn.Module, batches: Iterable, loss: Loss, statistics: Statistics, names: Sequence[str]
+) -> _Point | None:
+    """The mean loss and its gradients with respect to the means, and to the log variances."""
     total, samples = 0.0, 0
     with inference(model), statistics.applied_to(model), _differentiable(model) as affine:
         for batch in batches:
@@ -120,16 +137,14 @@ def _gradients(
             samples += n
         if not samples:
             return None
-        by_mean, by_var = {}, {}
-        for name, layer in batchnorm_layers(model).items():
-            if name not in statistics.mean:
-                continue
+        by_mean, by_log_var = {}, {}
+        for name in names:
+            layer, weight, bias = affine[name]
             scale = (statistics.var[name].double().cpu() + layer.eps).sqrt()
-            weight, bias = affine[name]
             w = weight.detach().double().cpu()
             by_mean[name] = -w / scale * _gradient(bias) / samples
-            by_var[name] = -w / (2 * scale**2) * _gradient(weight) / samples
-    return _End(total / samples, samples, (by_mean, by_var))
+            by_log_var[name] = -w / 2 * _gradient(weight) / samples
+    return _Point(total / samples, samples, (by_mean, by_log_var))
 
 
 def _gradient(leaf: nn.Parameter) -> Tensor:
@@ -137,33 +152,38 @@ def _gradient(leaf: nn.Parameter) -> Tensor:
 
 
 @contextlib.contextmanager
-def _differentiable(model: nn.Module) -> Iterator[dict[str, tuple[nn.Parameter, nn.Parameter]]]:
+def _differentiable(
+    model: nn.Module,
+) -> Iterator[dict[str, tuple[_BatchNorm, nn.Parameter, nn.Parameter]]]:
     """Within the block BN layers have weights and biases of their own to differentiate by, with
     the values of theirs (1 and 0 where they have none), and nothing else requires a gradient."""
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    saved = []
-    affine = {}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    saved: list[tuple[nn.Module, dict]] = []
+    affine: dict[str, tuple[Any, nn.Parameter, nn.Parameter]] = {}
     try:
-        for parameter in frozen:
+        for parameter in learning:
             parameter.requires_grad_(False)
         for name, layer in batchnorm_layers(model).items():
             saved.append((layer, dict(layer._parameters)))
-            like = next(iter(t for t in (layer.weight, layer.running_mean) if t is not None), None)
-            placement: dict[str, Any] = (
-                {} if like is None else {"device": like.device, "dtype": like.dtype}
-            )
+            own = layer._parameters
+            like = torch.zeros(layer.num_features).to(_placement(model, layer))
             weight, bias = (
-                torch.full((layer.num_features,), fill, **placement)
-                if own is None
-                else own.detach().clone()
-                for own, fill in ((layer.weight, 1.0), (layer.bias, 0.0))
+                nn.Parameter((like + fill) if value is None else value.detach().clone())
+                for value, fill in ((own["weight"], 1.0), (own["bias"], 0.0))
             )
-            affine[name] = (nn.Parameter(weight), nn.Parameter(bias))
-            layer._parameters.update(weight=affine[name][0], bias=affine[name][1])
+            affine[name] = (layer, weight, bias)
+            layer._parameters.update(weight=weight, bias=bias)
         yield affine
     finally:
         for layer, parameters in saved:
-            layer._parameters.clear()
             layer._parameters.update(parameters)
-        for parameter in frozen:
+        for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def _placement(model: nn.Module, layer: nn.Module) -> Tensor:
+    """A tensor with the device and dtype that the layer's parameters have, or would have."""
+    for tensor in (*layer.parameters(), *layer.buffers(), *model.parameters()):
+        if tensor.is_floating_point():
+            return tensor
+    return torch.zeros(())

@@ -119,19 +119,23 @@ def other_eps(model: nn.Module, eps: float) -> Iterator[None]:
             layer.eps = value
 
 
-@dataclass(frozen=True)
+@dataclass
 class FirstSamples:
-    """The first batches of an iterable, until they hold so many samples; None: all of it."""
+    """The first batches of an iterable, until they hold so many samples; None: all of it.
+    `seen` and `batches_seen` say how many the last pass over them held."""
 
     batches: Iterable
     samples: int | None
+    seen: int = 0
+    batches_seen: int = 0
 
     def __iter__(self) -> Iterator[Any]:
-        seen = 0
+        self.seen = self.batches_seen = 0
         for batch in self.batches:
+            self.seen += size_of(batch)
+            self.batches_seen += 1
             yield batch
-            seen += size_of(batch)
-            if self.samples is not None and seen >= self.samples:
+            if self.samples is not None and self.seen >= self.samples:
                 return
 
 
