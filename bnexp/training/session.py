@@ -15,13 +15,13 @@ from bnexp.data import Augmentation, Data, DataSettings, load_data
 from bnexp.errors import UserError
 from bnexp.networks import build_model
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
+from bnexp.nn.find import batchnorm_layers
 from bnexp.statistics import (
     Cumulative,
     Ema,
     Pooled,
     Statistics,
     StatisticsTracker,
-    batchnorm_layers,
 )
 from bnexp.training.averages import ParameterAverage
 from bnexp.training.metrics import EmaAccuracy
