@@ -36,7 +36,8 @@ from bnexp.evaluation.scoring import (
     scores_under,
     size_of,
 )
-from bnexp.nn.layers import batchnorm_layers, original_module
+from bnexp.nn.find import batchnorm_layers, layer_eps, original_module
+from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics import (
     METHODS,
     Statistics,
@@ -45,8 +46,10 @@ from bnexp.statistics import (
     recompute_statistics,
     running_statistics,
 )
+from bnexp.statistics.blend import blend
 from bnexp.statistics.forward import device_of
 from bnexp.statistics.progress import Progress
+from bnexp.statistics.recompute import Method
 
 # Test samples for what is looked at besides the conditions: attribution, single layers, halves.
 LOOK_SAMPLES = 1000
@@ -58,6 +61,7 @@ EXCHANGED = 5
 EPS = {1e-5: 1e-3, 1e-3: 1e-5}
 
 RUNNING, BATCH, NONE = Condition("running"), Condition("batch"), Condition("none")
+BLENDED = Condition("blended")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,15 +117,16 @@ class Audit:
     def mend(self, model: nn.Module, *, force: bool = False) -> None:
         """Copy the recomputed statistics into the running averages of `model`.
 
-        With several methods, those of the first. Raises UserError where there are none, where a
-        finding says that recomputing does not help (unless `force`), and where the model has
-        other layers.
+        With several methods, those of the first; with a prior, the blended ones. Raises UserError
+        where there are none, where a finding says that recomputing does not help (unless `force`),
+        and where the model has other layers.
         """
         self.mended(force=force).copy_to(model)
 
     def mended(self, *, force: bool = False) -> Statistics:
         """The statistics that `mend` writes; UserError as there."""
-        name = next((n for n in self.statistics if n.startswith("recomputed")), None)
+        written = ("blended", *(n for n in self.statistics if n.startswith("recomputed")))
+        name = next((n for n in written if n in self.statistics), None)
         if name is None:
             raise UserError("nothing was recomputed, so there is nothing to mend with")
         against = [f.code for f in self.findings if f.recomputing_helps is False]
@@ -166,7 +171,7 @@ def audit(
     population: Iterable,
     test: Iterable,
     *,
-    methods: Sequence[str] = ("exact",),
+    methods: Sequence[Method] = ("exact",),
     batch: bool = False,
     score: Score | None = None,
     classes: Sequence[str] | None = None,
@@ -174,7 +179,9 @@ def audit(
     samples: int | None = 10_000,
     memory: int | float | str | None = None,
     device: torch.device | str | None = None,
+    ranks: Ranks | None = None,
     progress: Progress = False,
+    prior: float | None = None,
     score_name: str | None = None,
     not_in_file: Sequence[str] = (),
     same_averages_as: str | None = None,
@@ -202,6 +209,10 @@ def audit(
             start with one, or dicts with an image. Tensors are on the device.
         samples: at most about so many of the population (whole batches); None: all.
         memory, device, progress: as in `recompute_statistics`.
+        ranks: None: this process alone. Under a process group of several ranks that must be said.
+        prior: also blend the recomputed statistics with the running averages, as if these were
+            those of so many further samples (`blend`): for populations of another domain. 0 is
+            AdaBN. Mending then writes the blended ones.
         score_name: what the score is called in sentences.
         not_in_file: BN layers whose averages the model's checkpoint lacked.
         same_averages_as: other weights in the checkpoint that have these very averages.
@@ -210,6 +221,7 @@ def audit(
         UserError: batches that can be gone through once only, no samples, or whatever
             `recompute_statistics` says.
     """
+    choose_ranks(ranks, "an audit")
     model = original_module(model)
     for name, batches in (("population", population), ("test", test)):
         if iter(batches) is batches:
@@ -222,7 +234,7 @@ def audit(
     judge = _Judge(model, population, test, task, words, classes, samples)
     if not batchnorm_layers(model):
         return judge.without_batchnorm()
-    return judge.judged(methods, batch, memory, progress, not_in_file, same_averages_as)
+    return judge.judged(methods, batch, memory, progress, prior, not_in_file, same_averages_as)
 
 
 @dataclass
@@ -244,10 +256,11 @@ class _Judge:
 
     def judged(
         self,
-        methods: Sequence[str],
+        methods: Sequence[Method],
         batch: bool,
         memory: int | float | str | None,
         progress: Progress,
+        prior: float | None,
         not_in_file: Sequence[str],
         same_averages_as: str | None,
     ) -> Audit:
@@ -260,14 +273,16 @@ class _Judge:
             condition = Condition("recomputed", method=method if len(methods) > 1 else None)
             with self._timed(str(condition)):
                 recomputed[condition] = recompute(counted, method)
+        first = next(iter(recomputed))
+        reference = recomputed[first]
+        if prior is not None:
+            recomputed[BLENDED] = blend(running, reference, prior, counted.seen)
         settings: dict[Condition, Setting] = {RUNNING: running.applied_to}
         settings |= {condition: found.applied_to for condition, found in recomputed.items()}
         if batch:
             settings[BATCH] = batch_statistics
         with self._timed("conditions"):
             scores = scores_under(model, self.test, settings, self.task)
-        first = next(iter(recomputed))
-        reference = recomputed[first]
         with self._timed("layers"):
             facts = layer_facts(
                 model,
@@ -279,6 +294,8 @@ class _Judge:
                 not_in_file=not_in_file,
             )
         made = {"running": _decay(model), "recomputed": methods[0], "batch": self._batches_of()}
+        if prior is not None:
+            made["blended"] = f"running averages as {prior:g} of {prior + counted.seen:g} samples"
         comparison = self._compare(scores, RUNNING, made, {})
         main = _gain_of(comparison, first)
         with self._timed("halves"):
@@ -330,7 +347,11 @@ class _Judge:
         return _Timer(self.seconds, name)
 
     def _recompute(
-        self, batches: Iterable, method: str, memory: int | float | str | None, progress: Progress
+        self,
+        batches: Iterable,
+        method: Method,
+        memory: int | float | str | None,
+        progress: Progress,
     ) -> Statistics:
         return recompute_statistics(
             self.model,
@@ -380,7 +401,7 @@ class _Judge:
     ) -> dict[str, Scores]:
         """Scores on some test samples of what is no condition of the comparison."""
         settings: dict[str, Setting] = {name: s.applied_to for name, s in halves.items()}
-        eps = {layer.eps for layer in batchnorm_layers(self.model).values()}
+        eps = set(layer_eps(self.model).values())
         if len(eps) == 1 and (own := eps.pop()) in EPS:
             settings["eps"] = partial(other_eps, eps=EPS[own])
         if names:
@@ -400,7 +421,7 @@ class _Judge:
         names: Sequence[str],
         trials: Mapping[str, Scores],
     ) -> dict[Condition, list[LayerRow]]:
-        eps = {name: layer.eps for name, layer in batchnorm_layers(self.model).items()}
+        eps = layer_eps(self.model)
         held = _finite(running)
         if not any(name in held.mean for name in recomputed[first].names):
             return {}
@@ -426,7 +447,7 @@ class _Judge:
         if not halves:
             return None
         first, second = (trials[name] for name in halves)
-        eps = {name: layer.eps for name, layer in batchnorm_layers(self.model).items()}
+        eps = layer_eps(self.model)
         one, other = halves.values()
         worst = layer_drift(one, other, eps)[0]
         return Halves(
@@ -497,11 +518,10 @@ def _changed(first: Scores, second: Scores) -> int:
 
 def _decay(model: nn.Module) -> str:
     momenta = {layer.momentum for layer in batchnorm_layers(model).values()}
-    if momenta == {None}:
-        return "cumulative average"
-    if len(momenta) == 1:
-        return f"decay {round(1 - momenta.pop(), 12):g}"
-    return "several decays"
+    if len(momenta) > 1:
+        return "several decays"
+    momentum = momenta.pop()
+    return "cumulative average" if momentum is None else f"decay {round(1 - momentum, 12):g}"
 
 
 def _finite(statistics: Statistics) -> Statistics:

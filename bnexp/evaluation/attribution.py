@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import inference
-from bnexp.nn.layers import batchnorm_layers
 from bnexp.statistics.statistics import Statistics
+from bnexp.torch_internals import BatchNormBase
 
 # (model, batch) -> the sum of the samples' losses, and how many there are
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
@@ -154,12 +154,12 @@ def _gradient(leaf: nn.Parameter) -> Tensor:
 @contextlib.contextmanager
 def _differentiable(
     model: nn.Module,
-) -> Iterator[dict[str, tuple[_BatchNorm, nn.Parameter, nn.Parameter]]]:
+) -> Iterator[dict[str, tuple[BatchNormBase, nn.Parameter, nn.Parameter]]]:
     """Within the block BN layers have weights and biases of their own to differentiate by, with
     the values of theirs (1 and 0 where they have none), and nothing else requires a gradient."""
     learning = [p for p in model.parameters() if p.requires_grad]
-    saved: list[tuple[nn.Module, dict]] = []
-    affine: dict[str, tuple[Any, nn.Parameter, nn.Parameter]] = {}
+    saved: list[tuple[BatchNormBase, dict]] = []
+    affine: dict[str, tuple[BatchNormBase, nn.Parameter, nn.Parameter]] = {}
     try:
         for parameter in learning:
             parameter.requires_grad_(False)
@@ -175,8 +175,8 @@ def _differentiable(
             layer._parameters.update(weight=weight, bias=bias)
         yield affine
     finally:
-        for layer, parameters in saved:
-            layer._parameters.update(parameters)
+        for changed, parameters in saved:
+            changed._parameters.update(parameters)
         for parameter in learning:
             parameter.requires_grad_(True)
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from bnexp.analysis.findings import LayerFacts, Values
 from bnexp.evaluation.scoring import Task, tensors_in
+from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import inference
-from bnexp.nn.layers import batchnorm_layers
-from bnexp.statistics import Moments, Statistics, moments
+from bnexp.statistics import Statistics
+from bnexp.statistics.moments import Moments, moments
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from bnexp.analysis.predictions import Predictions
 from bnexp.errors import UserError
 from bnexp.evaluation.predictions import classified
+from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import inference
-from bnexp.nn.layers import batchnorm_layers
 from bnexp.statistics import batch_statistics
 
 Forward = Callable[[nn.Module, Any], Any]
