@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py [--rounds N] [--steps N]
 
-Prints Markdown. First the comparison of five kinds of statistics on the 10 000 test images of
+Prints Markdown. First the comparison of five kinds of statistics on the 10,000 test images of
 Fashion-MNIST (predictions, intervals, tests) against five bare passes: a loop that counts right
 answers, over the same batches on the same device with the same folded BN layers. They take turns;
 medians of the ratios. Then the time and size of `bnexp report` for a run of so many steps, which is

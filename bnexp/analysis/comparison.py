@@ -44,11 +44,11 @@ from bnexp.analysis.intervals import (
 )
 from bnexp.analysis.layers import LayerRow
 from bnexp.analysis.predictions import Predictions
-from bnexp.analysis.reading import read
 from bnexp.analysis.results import Paired, Result, compared_result, paired_results
 from bnexp.analysis.verdict import Verdict, judge, outcome, worst_moment
 from bnexp.condition import Condition, Weights, label
 from bnexp.errors import UserError
+from bnexp.reading import read
 
 
 @dataclass(frozen=True)
