@@ -15,7 +15,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from references import assert_same, single_batch, snapshot, worst_error
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
