@@ -68,13 +68,16 @@ def work(job: dict) -> None:
     import torch
     from sessions import Loop, make_training, wait_for
 
-    from bnexp.evaluation.evaluate import assess
+    from bnexp.condition import Condition
+    from bnexp.evaluation.evaluate import evaluate
+    from bnexp.training.subject import run_subject
 
     device = torch.device(job["device"])
     clock = sessions.clock = getattr(time, job["clock"])
     training = make_training(
         job["model"], device, BATCH_SIZE, job["performance"], train=4096, test=job["test"]
     )
+    subject = run_subject(training.state.model, training.data, training.config)
     with tempfile.TemporaryDirectory() as name:
         loop = Loop(training, Path(name))
         for line in sys.stdin:
@@ -84,8 +87,8 @@ def work(job: dict) -> None:
             else:
                 started = clock()
                 for _ in range(int(count)):
-                    running = {"running": training.state.estimates()["running"]}
-                    assess(training.state.model, training.data.test, training.config, running)
+                    running = {Condition("running"): training.state.estimates()["running"]}
+                    evaluate(subject, running, fold=training.config.performance.fold_batchnorm)
                 wait_for(device)
                 seconds = clock() - started
             print(seconds, flush=True)
