@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
 
 from bnexp.analysis.comparison import Comparison, compare
 from bnexp.analysis.layers import LayerRow
@@ -15,7 +14,8 @@ from bnexp.condition import Condition, Weights
 from bnexp.evaluation.layer_costs import layer_costs
 from bnexp.evaluation.predictions import predict_under
 from bnexp.evaluation.subject import Method, Subject
-from bnexp.statistics import Statistics, batchnorm_layers, layer_drift, recompute_statistics
+from bnexp.nn.find import batchnorm_layers, layer_eps
+from bnexp.statistics import Statistics, layer_drift, recompute_statistics
 from bnexp.statistics.progress import Progress
 
 # Known already, to be computed when it is their turn, or None: every mini-batch's own.
@@ -118,9 +118,7 @@ def compare_evaluation(
     """
     baseline, *others = evaluation.predictions
     reference = evaluation.statistics[baseline]
-    eps: dict[str, Any] = {
-        name: layer.eps for name, layer in batchnorm_layers(subject.model).items()
-    }
+    eps = layer_eps(subject.model)
     layers: dict[Condition, list[LayerRow]] = {}
     for condition in others:
         statistics = evaluation.statistics[condition]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bnexp.errors import UserError
+from bnexp.torch_internals import BatchNormBase, in_backward
 
 
 class MomentsSlot:
@@ -43,12 +44,7 @@ class MomentsSlot:
         self.moved = False
 
 
-def _in_backward() -> bool:
-    """True where activation checkpointing runs a forward pass again, inside the backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-class TrackedBatchNorm(nn.modules.batchnorm._BatchNorm):
+class TrackedBatchNorm(BatchNormBase):
     # Class attributes, so that a torch.nn layer becomes one of ours by its `__class__` alone.
     normalization_batch: int | None = None
     frozen: bool = False
@@ -82,7 +78,7 @@ class TrackedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return self._normalize(input, None, None)
         if slot is None:
             return self._normalize_and_average(input)
-        if _in_backward():
+        if in_backward():
             return self._normalize(input, slot.mean.clone(), slot.var.clone())
         if slot.busy:
             slot.feed()
@@ -130,7 +126,7 @@ class TrackedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_var.lerp_(var, new_weight)
         return output
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Let the tracker, if any, take in the last mini-batch, so that buffers are up to date."""
         if self.slot is not None and self.slot.busy:
             self.slot.feed()
@@ -152,7 +148,7 @@ class TrackedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.slot.busy = self.slot.moved = True  # with assign=True they are other tensors
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.settle()
+        self.flush()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,7 +156,7 @@ class TrackedBatchNorm(nn.modules.batchnorm._BatchNorm):
         state = super().__getstate__()
         if self.slot is None:
             return state
-        self.settle()
+        self.flush()
         state = {name: value for name, value in state.items() if name != "slot"}
         state["_buffers"] = {
             name: None if buffer is None else buffer.clone()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnexp.errors import UserError
 from bnexp.nn.batchnorm import (
@@ -15,7 +14,9 @@ from bnexp.nn.batchnorm import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    TrackedBatchNorm,
 )
+from bnexp.nn.find import all_batchnorms
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,7 +45,7 @@ def convert_batchnorm(model: Model) -> Model:
         UserError: for a `SyncBatchNorm`, whose statistics span processes. Nothing has been
             converted then.
     """
-    for name, layer in model.named_modules():
+    for name, layer in all_batchnorms(model).items():
         if isinstance(layer, nn.SyncBatchNorm):
             raise UserError(
                 f"layer {name or '(the model)'!r} is a SyncBatchNorm, whose statistics span "
@@ -78,11 +79,9 @@ def restore_batchnorm(model: Model) -> Model:
 def unsupported_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Qualified name -> BN layer that `convert_batchnorm` leaves as it is: a foreign subclass or
     `SyncBatchNorm`."""
+    ours = (TrackedBatchNorm, *_OURS.values())
     return {
         name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm)
-        and not isinstance(layer, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
-        and type(layer) not in _OURS
-        and type(layer) not in _OURS.values()
+        for name, layer in all_batchnorms(model).items()
+        if not isinstance(layer, ours) and type(layer) not in _OURS
     }

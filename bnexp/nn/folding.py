@@ -9,14 +9,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnexp.nn.batchnorm import TrackedBatchNorm
+from bnexp.nn.find import flush, is_plain
+from bnexp.torch_internals import BatchNormBase, has_hooks, original_module
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
-_PLAIN_FORWARDS = (_BatchNorm.forward, TrackedBatchNorm.forward)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _pairs: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
 
 
@@ -60,19 +58,19 @@ def _foldable(model: nn.Module) -> list[Pair]:
         if not bn.training
         and bn.running_mean is not None
         and bn.running_var is not None
-        and "forward" not in vars(bn)
-        and not any(getattr(layer, hooks) for layer in (conv, bn) for hooks in _HOOKS)
+        and is_plain(bn)
+        and not (has_hooks(conv) or has_hooks(bn))
     ]
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, _BatchNorm) or super().is_leaf_module(module, name)
+        return isinstance(module, BatchNormBase) or super().is_leaf_module(module, name)
 
 
 def _find_pairs(model: nn.Module) -> list[Pair]:
     """The (convolution, BN layer) of `model` where one's output goes to the other alone."""
-    if hasattr(model, "_orig_mod"):
+    if original_module(model) is not model:
         return []
     try:
         nodes = list(_Tracer().trace(model).nodes)
@@ -90,7 +88,7 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
         if (
             type(conv) is nn.Conv2d
             and isinstance(bn, nn.BatchNorm2d)
-            and type(bn).forward in _PLAIN_FORWARDS
+            and is_plain(bn)
             and list(before.users) == [node]
             and calls[conv] == calls[bn] == 1
             and not {conv, bn} & read
@@ -101,8 +99,7 @@ def _find_pairs(model: nn.Module) -> list[Pair]:
 
 @torch.no_grad()
 def _folded_parameters(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Parameter]:
-    if isinstance(bn, TrackedBatchNorm):
-        bn.settle()
+    flush([bn])
     kind = torch.float32 if conv.weight.device.type == "mps" else torch.float64
     scale = (bn.running_var.to(kind) + bn.eps).rsqrt()
     if bn.weight is not None:

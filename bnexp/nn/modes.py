@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnexp.errors import UserError
 from bnexp.nn.batchnorm import TrackedBatchNorm
 from bnexp.nn.convert import convert_batchnorm, unsupported_layers
+from bnexp.nn.find import all_batchnorms
+from bnexp.torch_internals import is_lazy
 
 if TYPE_CHECKING:
     from bnexp.statistics import Statistics
@@ -64,7 +64,7 @@ def freeze_batchnorm(model: Model, statistics: Statistics | None = None) -> Mode
     """
     layers = _our_layers(model)
     for name, layer in layers.items():
-        if isinstance(layer, LazyModuleMixin) or layer.running_mean is None:
+        if layer.running_mean is None or is_lazy(layer.running_mean):
             raise UserError(
                 f"layer {name!r} has no running statistics to freeze: build it with "
                 "track_running_stats=True, and run lazy layers once"
@@ -84,11 +84,11 @@ def unfreeze_batchnorm(model: Model) -> Model:
     return model
 
 
-def _our_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _our_layers(model: nn.Module) -> dict[str, TrackedBatchNorm]:
     for name, layer in unsupported_layers(model).items():
         raise UserError(
             f"layer {name!r} is a {type(layer).__name__}, a class of its own that bnexp cannot "
             "set up; use torch.nn.BatchNorm1d/2d/3d or subclass bnexp's layers"
         )
     convert_batchnorm(model)
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    return all_batchnorms(model)

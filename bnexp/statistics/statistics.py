@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
-from bnexp.nn.layers import batchnorm_layers, settle
+from bnexp.nn.find import batchnorm_layers, flush
 
 _FORMAT = "bnexp.Statistics"
 _VERSION = 1
@@ -73,7 +73,7 @@ class Statistics:
                     f"BN layer {name!r} has {layers[name].num_features} channels, its statistics "
                     f"have {mean.numel()}: these statistics are of another model"
                 )
-        settle(layers.values())
+        flush(layers.values())
         return {name: layers[name] for name in self.mean}
 
     @torch.no_grad()
@@ -185,7 +185,7 @@ def running_statistics(model: nn.Module) -> Statistics:
         for name, layer in batchnorm_layers(model).items()
         if layer.running_mean is not None and layer.running_var is not None
     }
-    settle(layers.values())
+    flush(layers.values())
     return Statistics(
         {name: layer.running_mean.detach().clone() for name, layer in layers.items()},
         {name: layer.running_var.detach().clone() for name, layer in layers.items()},

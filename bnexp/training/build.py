@@ -16,7 +16,8 @@ from bnexp.data import Augmentation, Data, DataSettings, load_data
 from bnexp.errors import UserError
 from bnexp.networks import build_model
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
-from bnexp.statistics import Cumulative, Ema, Pooled, StatisticsTracker, batchnorm_layers
+from bnexp.nn.find import batchnorm_layers
+from bnexp.statistics import Cumulative, Ema, Pooled, StatisticsTracker
 from bnexp.statistics.rules import Estimator
 from bnexp.training.averages import EmaWeights, SwaWeights, WeightAverage
 from bnexp.training.guards import Best, Collapse, EarlyStopping, Plateau

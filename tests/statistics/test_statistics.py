@@ -9,9 +9,9 @@ from torch import nn
 
 import bnexp
 from bnexp.errors import UserError
+from bnexp.nn.find import batchnorm_layers
 from bnexp.statistics import (
     Statistics,
-    batchnorm_layers,
     recompute_statistics,
     running_statistics,
 )
