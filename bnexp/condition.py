@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Weights = Literal["trained", "best", "ema", "swa"]
+Weights = Literal["trained", "best", "best-on-test", "ema", "swa"]
 AVERAGED = ("ema", "swa")
 
 
