@@ -128,6 +128,13 @@ def _part(tree: Any, name: str) -> Any:
     return tree[name]
 
 
+_SETTINGS = {"params", "weight_decay", "momentum", "nesterov", "betas"}
+_MOMENTS = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
 def _require_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """UserError unless `state` is one of this optimizer: the same settings but for the learning
     rate, and numbers of the parameters' shapes."""
@@ -136,19 +143,20 @@ def _require_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
         raise UserError("the optimizer has other groups of parameters")
     for mine, theirs in zip(own["param_groups"], groups, strict=True):
-        _part(theirs, "params")
-        for name in (mine.keys() & theirs.keys()) - {"lr"}:  # torch's versions have more or less
-            value = mine[name]
-            if theirs[name] != value:
+        for name in _SETTINGS & mine.keys():
+            if _part(theirs, name) != mine[name]:
                 raise UserError(
-                    f"the optimizer's {name} was {shown(theirs[name])}, not {shown(value)}"
+                    f"the optimizer's {name} was {shown(theirs[name])}, not {shown(mine[name])}"
                 )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = _part(state, "state")
     if not isinstance(moments, Mapping) or not moments.keys() <= set(range(len(parameters))):
         raise UserError("the optimizer's state is about other parameters")
+    names = _MOMENTS[type(optimizer)]
     for index, entries in moments.items():
-        for name, value in entries.items() if isinstance(entries, Mapping) else [("", entries)]:
+        if not isinstance(entries, Mapping) or (entries and entries.keys() != names):
+            raise UserError(f"optimizer.state[{index}] is no state of {type(optimizer).__name__}")
+        for name, value in entries.items():
             where = f"optimizer.state[{index}].{name}"
             if isinstance(value, Tensor) and value.ndim:
                 require_like(parameters[index].detach(), value, where)
