@@ -9,7 +9,7 @@ from typing import Any, Literal
 from bnexp.reading import read
 from bnexp.statistics.rules import Estimator
 
-Weights = Literal["trained", "best", "ema", "swa"]
+Weights = Literal["trained", "best", "best-on-test", "ema", "swa"]
 AVERAGED: tuple[Weights, ...] = ("ema", "swa")
 
 

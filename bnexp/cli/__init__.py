@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,7 +11,15 @@ from typing import NoReturn
 import typer
 
 from bnexp.cli import commands
-from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
+from bnexp.cli.streams import flush_or_give_up
+from bnexp.errors import (
+    ExpectationNotMet,
+    Interrupted,
+    RunFailed,
+    UserError,
+    disk_failure,
+    is_out_of_memory,
+)
 
 MESSAGE = 2000
 
@@ -50,11 +59,16 @@ def main() -> None:
         interrupted = True
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
     _prepare_streams()
     try:
-        app(prog_name="bnexp")
+        try:
+            app(prog_name="bnexp")
+        except SystemExit:
+            sys.stdout.flush()
+            raise
     except (UserError, RunFailed, ExpectationNotMet, Interrupted) as error:
         _fail(str(error), error.exit_code)
     except BaseException as error:
@@ -64,6 +78,8 @@ def main() -> None:
             _fail("interrupted", 130)
         _fail_if_explained(error)
         raise
+    finally:
+        flush_or_give_up()
 
 
 def _prepare_streams() -> None:
@@ -82,11 +98,8 @@ def _fail_if_explained(error: BaseException) -> None:
         sys.exit(1)
     if failure := disk_failure(error):
         _fail(str(failure), failure.exit_code)
-    if isinstance(error, MemoryError | RuntimeError):
-        from bnexp.device import is_out_of_memory
-
-        if is_out_of_memory(error):
-            _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
+    if is_out_of_memory(error):
+        _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
@@ -94,5 +107,6 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     if len(message) > MESSAGE:
         message = f"{message[: MESSAGE // 2]} ... {message[-MESSAGE // 2 :]}"
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f"bnexp: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # the exit code says it, too
+        print(f"bnexp: {line}", file=sys.stderr)
     sys.exit(exit_code)

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+ChangedData = Annotated[
+    bool, typer.Option("--changed-data", help="Go on though the run's data have changed.")
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 
@@ -24,16 +27,21 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
     ] = None,
+    changed_data: ChangedData = False,
 ) -> None:
     """Train a network and compare its BN statistics."""
     from bnexp.cli.train import run_train
 
-    run_train(config, overrides or [], device, name, resume)
+    run_train(config, overrides or [], device, name, resume, changed_data)
 
 
 def evaluate(
     run: Annotated[
         str | None, typer.Argument(help="Run folder or name; the newest finished run if left out.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.root=FOLDER]", help="Where the run's images have moved."),
     ] = None,
     recompute_stats: Annotated[
         bool, typer.Option("--recompute-stats", help="Also evaluate recomputed statistics.")
@@ -46,18 +54,30 @@ def evaluate(
         int | None, typer.Option(min=2, help="Training images to recompute from.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Which weights: last, best, ema, swa.")
+        str | None, typer.Option(help="Which weights: last, best, best-on-test, ema, swa.")
     ] = None,
     batch: Annotated[
         bool, typer.Option("--batch", help="Also evaluate mini-batch statistics.")
     ] = False,
     device: Device = None,
+    changed_data: ChangedData = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run under each kind of BN statistics."""
     from bnexp.cli.eval import run_eval
 
-    run_eval(run, recompute_stats, method or [], samples, weights, batch, device, as_json)
+    run_eval(
+        run,
+        recompute_stats,
+        method or [],
+        samples,
+        weights,
+        batch,
+        device,
+        as_json,
+        changed_data,
+        overrides or [],
+    )
 
 
 def report(
