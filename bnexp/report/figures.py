@@ -373,7 +373,7 @@ def final_comparison(run: RunData) -> Plot | None:
         axes.axvline(0, color=COLOUR["muted"], linewidth=0.9)
         for i, result in enumerate(results):
             pair = result.versus_baseline
-            if pair and (far[i] or far[0]):
+            if pair and far[i] and not far[0]:
                 _written(axes, i, signed(pair.difference, 2))
             elif pair:
                 _interval(axes, i, pair.difference, pair.difference_interval, "blue")
@@ -554,8 +554,9 @@ def _images(samples: int, costs: Sequence[LayerCost]) -> str:
     used = sorted({cost.samples for cost in costs if cost.samples})
     if not used:
         return f"The record does not say how many of the {count(samples)} test images were used."
-    on = " or ".join(map(count, used))
-    return f"Measured on {on} of the {count(samples)} test images."
+    if used == [samples]:
+        return f"Measured on all {count(samples)} test images."
+    return f"Measured on {' or '.join(map(count, used))} of the {count(samples)} test images."
 
 
 def _cost_cells(cost: LayerCost | None) -> list[str]:
