@@ -194,7 +194,7 @@ checkpoints: {every_steps: 9, every_seconds: null}
 
 
 def test_best_weights_that_are_lost_are_not_replaced_by_others_in_silence(bnexp):
-    """Both files of the best evaluation are gone: the run ends with its last weights and says so."""
+    """Both files of the best evaluation are gone: the last weights are taken, and that is said."""
     (bnexp.cwd / "best.yaml").write_text(BEST_CONFIG)
     run = trained(bnexp, "best.yaml")
     assert run.state["weights"] == "best"

@@ -80,6 +80,51 @@ def evaluate(
     )
 
 
+def audit(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [MODEL] [key=value]...",
+            help="A YAML file; torchvision/NAME, timm/NAME or package.module:callable; overrides.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The model's checkpoint.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Where in the file the weights are.")] = None,
+    population: Annotated[
+        str | None,
+        typer.Option(help="What to recompute from: a folder, or package.module:callable."),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(help="What to score on: a folder per class, or package.module:callable."),
+    ] = None,
+    mend: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write the checkpoint with recomputed statistics."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Mend even where it is said not to help.")
+    ] = False,
+    device: Device = None,
+    name: Annotated[str | None, typer.Option(help="Name of the record's folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a model trained anywhere: verdict, findings, layers; and mend its checkpoint."""
+    from bnexp.cli.audit import run_audit
+
+    options = {
+        "model.weights": weights,
+        "model.key": key,
+        "data.population": population,
+        "data.test": test,
+        "device": device,
+        "name": name,
+    }
+    run_audit(what or [], options, mend, force, as_json)
+
+
 def report(
     runs: Annotated[
         list[str] | None,

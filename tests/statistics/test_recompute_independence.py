@@ -16,6 +16,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from references import assert_same, single_batch, snapshot, worst_error
 from test_recompute_exact import build
 from torch import nn
