@@ -10,6 +10,7 @@ import typer
 
 from bnexp.cli import commands
 from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
+from bnexp.performance import wait_briefly
 
 app = typer.Typer(
     help="Train CNNs with batch normalization and measure what its moving averages are worth.",
@@ -50,6 +51,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     _prepare_streams()
+    wait_briefly()
     try:
         app(prog_name="bnexp")
     except (UserError, RunFailed, ExpectationNotMet, Interrupted) as error:
