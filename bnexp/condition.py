@@ -1,63 +1,100 @@
-"""The names of kinds of statistics, and what they are called in sentences.
-
-`running` and the further estimators, `recomputed` (or `recomputed/<method>`), `batch`; `none` for
-a network without BN; with `ema/` or `swa/` before it, of averaged weights.
-"""
+"""Under what a model predicts: which statistics its BN layers normalize with, and which weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-NO_BATCHNORM = "none"
-
-
-def is_recomputed(kind: str) -> bool:
-    """Whether `kind` names recomputed statistics of the trained weights: `recomputed`, or
-    `recomputed/<method>` where several methods were asked for."""
-    return kind.partition("/")[0] == "recomputed"
+Weights = Literal["trained", "best", "ema", "swa"]
+AVERAGED = ("ema", "swa")
 
 
-def compared_kind(others: Iterable[str]) -> str | None:
-    """Of all kinds but the baseline, the one it is judged by: recomputed statistics where there
-    are any, else the first; None where there is none."""
+@dataclass(frozen=True)
+class Condition:
+    """`statistics` is `running`, the name of another estimator, `recomputed`, `batch` (every
+    mini-batch's own) or `none` (a network without BN). `method` tells recomputed statistics apart
+    where several methods were asked for."""
+
+    statistics: str
+    weights: Weights = "trained"
+    method: str | None = None
+
+    def __str__(self) -> str:
+        """As in files: `running`, `recomputed/pooled`, `swa/recomputed`, `swa/recomputed/pooled`.
+        The run's own weights, trained or best, are not printed."""
+        weights = [self.weights] if self.weights in AVERAGED else []
+        return "/".join([*weights, self.statistics, *([self.method] if self.method else [])])
+
+    @classmethod
+    def parse(cls, text: str, own: Weights = "trained") -> Condition:
+        """What `str` printed; without weights in front it is about the run's `own`."""
+        weights, _, rest = text.partition("/")
+        averaged = next((name for name in get_args(Weights) if name == weights and rest), None)
+        if averaged not in AVERAGED:
+            averaged, rest = own, text
+        statistics, _, method = rest.partition("/")
+        return cls(statistics, averaged, method or None)
+
+    @property
+    def is_recomputed(self) -> bool:
+        return self.statistics == "recomputed"
+
+
+def compared_with(baseline: Condition, others: Iterable[Condition]) -> Condition | None:
+    """Of all conditions but the baseline, the one it is judged by: recomputed statistics of the
+    same weights where there are any, else the first; None where there is none."""
     others = list(others)
-    return next(filter(is_recomputed, others), others[0] if others else None)
+    recomputed = (c for c in others if c.is_recomputed and c.weights == baseline.weights)
+    return next(recomputed, others[0] if others else None)
 
 
-def default_label(kind: str) -> str:
-    """The name of a kind of statistics in a sentence, in the plural."""
-    known = {
+def weights_label(condition: Condition) -> str:
+    name = condition.weights.upper() if condition.weights in AVERAGED else condition.weights
+    return f"{name} weights"
+
+
+def statistics_label(condition: Condition, made: Mapping[str, str]) -> str:
+    """The statistics' name in a sentence, in the plural, with how they were made in brackets."""
+    names = {
         "running": "running averages",
         "recomputed": "recomputed statistics",
         "batch": "batch statistics",
-        "none": "no batch normalization",
     }
-    if kind in known:
-        return known[kind]
-    if is_recomputed(kind):
-        return f"recomputed statistics ({kind.partition('/')[2]})"
-    return f"the {kind} statistics"
+    name = names.get(condition.statistics, f"{condition.statistics} statistics")
+    how = condition.method or made.get(condition.statistics)
+    brackets = f" ({how})" if how else ""
+    if condition.weights in AVERAGED and condition.statistics not in ("recomputed", "batch"):
+        return f"the trained model's {name}{brackets}"
+    return ("" if condition.statistics in names else "the ") + name + brackets
 
 
-def config_labels(config: Mapping[str, Any]) -> dict[str, str]:
-    """Names of a run's kinds of statistics that say how each was made, from the resolved config."""
+def label(condition: Condition, made: Mapping[str, str]) -> str:
+    """What a condition is called in sentences: "SWA weights with recomputed statistics (exact)".
+
+    `made` says how each kind of statistics came about, by its name: {"running": "decay 0.9",
+    "recomputed": "exact", "batch": "mini-batches of 250"}.
+    """
+    if condition.statistics == "none":
+        return f"{weights_label(condition)} without batch normalization"
+    return f"{weights_label(condition)} with {statistics_label(condition, made)}"
+
+
+def made_by(config: Mapping[str, Any]) -> dict[str, str]:
+    """`made` for `label`, from a run's resolved config as plain data."""
     statistics, test = config["statistics"], config["test"]
-    labels = {
-        "running": f"running averages (decay {statistics['decay']:g})",
-        "recomputed": f"recomputed statistics ({statistics['recompute']['method']})",
-        "batch": f"batch statistics (mini-batches of {test['batch_size']})",
+    made = {
+        "running": f"decay {statistics['decay']:g}",
+        "recomputed": statistics["recompute"]["method"],
+        "batch": f"mini-batches of {test['batch_size']}",
     }
     for name, rule in statistics["estimators"].items():
         if rule["rule"] == "ema":
-            made = f"decay {rule['decay']:g}{', debiased' if rule['debias'] else ''}"
+            made[name] = f"decay {rule['decay']:g}{', debiased' if rule['debias'] else ''}"
         elif rule["rule"] == "cumulative":
-            made = "cumulative average"
+            made[name] = "cumulative average"
+        elif rule["rule"] == "pooled":
+            made[name] = f"pooled over {rule['window'] or 'all'} steps"
         else:
-            made = f"pooled over {rule['window'] or 'all'} steps"
-        labels[name] = f"the {name} statistics ({made})"
-    for weights in ("ema", "swa"):
-        name = f"{weights.upper()} weights"
-        labels[f"{weights}/recomputed"] = f"{name} with recomputed statistics"
-        labels[f"{weights}/running"] = f"{name} with the trained model's running averages"
-    return labels
+            made[name] = str(rule["rule"])
+    return made

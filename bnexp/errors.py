@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import reprlib
 
 
 class UserError(ValueError):
@@ -31,6 +32,20 @@ class Interrupted(RuntimeError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and its state is in a checkpoint."""
 
     exit_code = 130
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 2, 4, 6
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """`repr(value)` for an error message: of bounded length, and made in bounded time."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # an int of too many digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 _DISK_ERRORS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from bnexp.errors import UserError
+from bnexp.errors import UserError, shown
 
 _UNITS = {
     "": 1,
@@ -17,7 +17,7 @@ _UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
-_NUMBER = r"\s*(\d+\.?\d*|\.\d+)\s*"
+_NUMBER = r"\s*(\d+(?:\.\d*)?|\.\d+)\s*"
 _SIZE = re.compile(_NUMBER + r"([KMGT]I?)?B?\s*", re.IGNORECASE)
 _SHARE = re.compile(_NUMBER + r"%\s*")
 
@@ -33,12 +33,12 @@ def parse_memory(memory: int | float | str) -> int | float:
         if share := _SHARE.fullmatch(memory):
             amount = float(share[1]) / 100
         elif size := _SIZE.fullmatch(memory):
-            amount = int(float(size[1]) * _UNITS[(size[2] or "").upper()])
+            amount = int(min(float(size[1]) * _UNITS[(size[2] or "").upper()], 2.0**63))
     elif not isinstance(memory, bool) and isinstance(memory, int | float):
         amount = memory
     if amount is None or not amount > 0 or (isinstance(amount, float) and amount > 1):
         raise UserError(
-            f"memory={memory!r} is not an amount of memory: write '2GiB', a number of bytes, "
+            f"memory={shown(memory)} is not an amount of memory: write '2GiB', a number of bytes, "
             "'50%' or a share between 0 and 1"
         )
     return amount

@@ -1,6 +1,6 @@
-"""What the predictions under several kinds of statistics say, and how sure that is.
+"""What the predictions under several conditions say, and how sure that is.
 
-Every number comes with its uncertainty at 95 %. The samples are the same under every kind, so
+Every number comes with its uncertainty at 95 %. The samples are the same under every condition, so
 differences are paired: a sample that is right under both, or wrong under both, says nothing about
 the difference, however many of them there are.
 
@@ -9,258 +9,207 @@ the difference, however many of them there are.
 | accuracy, also per class | score interval | Wilson 1927 |
 | difference of accuracies | score interval for paired proportions | Tango 1998 |
 | is there a difference | exact McNemar test | McNemar 1947, binomial form |
-| several kinds at once | step-down correction of the p-values | Holm 1979 |
+| several conditions at once | step-down correction of the p-values | Holm 1979 |
 | mean loss and its paired difference | Student's t interval | |
 | calibration | expected calibration error, 15 bins | Guo et al. 2017 |
 | runs with several seeds | Student's t interval, differences paired by seed | |
 
 Tango's interval rather than Newcombe's (1998, method 10): the statistics under comparison often
-disagree on a handful of 10 000 samples only. There (2 to 5 gains and losses expected, all
+disagree on a handful of 10,000 samples only. There (2 to 5 gains and losses expected, all
 outcomes enumerated) Tango's covers the truth with probability 0.93 to 0.96 and Newcombe's with
 0.98 to 0.995, being wider than need be. Besides, it inverts the score test whose value at zero is
 McNemar's chi-square, so interval and test tell the same story up to the exact test's caution.
-
-Pure functions of numpy arrays; no torch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
 
-from bnexp.condition import default_label
+from bnexp.analysis.intervals import (
+    expected_calibration_error,
+    finite,
+    holm,
+    mcnemar_p,
+    paired_counts,
+    paired_interval,
+    t_interval,
+    wilson_interval,
+)
+from bnexp.analysis.layers import LayerRow
+from bnexp.analysis.predictions import Predictions
+from bnexp.analysis.reading import read
+from bnexp.analysis.results import Paired, Result, compared_result, paired_results
+from bnexp.analysis.verdict import Verdict, judge, outcome
+from bnexp.condition import Condition, Weights, label
 from bnexp.errors import UserError
-
-if TYPE_CHECKING:
-    from bnexp.evaluation.predictions import Predictions
-
-LEVEL = 0.95
-BINS = 15
-
-Interval = tuple[float, float]
-
-
-# ------------------------------------------------------------------------ statistics
-
-
-def wilson_interval(successes: int, n: int) -> Interval:
-    """95 % score interval of a proportion (Wilson 1927)."""
-    interval = stats.binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def paired_counts(first: np.ndarray, second: np.ndarray) -> tuple[int, int]:
-    """How many samples only `second` has right, and how many only `first` (bool arrays (N,))."""
-    return int((second & ~first).sum()), int((first & ~second).sum())
-
-
-def paired_interval(gained: int, lost: int, n: int) -> Interval:
-    """95 % score interval of the difference (gained - lost) / n of paired proportions.
-
-    All d where the score statistic is within the normal quantile z (Tango 1998, Stat. Med. 17,
-    891-908):  |gained - lost - n d| <= z sqrt(n (2 q + d (1 - d))), with q the maximum likelihood
-    probability of a loss given d.
-    """
-    z = stats.norm.ppf(0.5 + LEVEL / 2)
-    estimate = (gained - lost) / n
-
-    def excess(d: float) -> float:
-        a, c = 2 * n, -lost * d * (1 - d)
-        b = -gained - lost + (2 * n - gained + lost) * d
-        q = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
-        variance = max(n * (2 * q + d * (1 - d)), 0.0)
-        return abs(gained - lost - n * d) - z * math.sqrt(variance)
-
-    def limit(end: float) -> float:
-        if estimate == end:
-            return end
-        beside = estimate + math.copysign(1e-12, end)  # without discordant samples, 0 is a root too
-        return optimize.brentq(excess, beside, end, xtol=1e-12)
-
-    return limit(-1.0), limit(1.0)
-
-
-def mcnemar_p(gained: int, lost: int) -> float:
-    """Two-sided exact p: were gains and losses equally likely, would they differ by as much?"""
-    if gained + lost == 0:
-        return 1.0
-    return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for having been computed together (Holm 1979), in the given order."""
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, kind="stable")
-    corrected = np.empty_like(p)
-    corrected[order] = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    return np.minimum(corrected, 1.0).tolist()
-
-
-def t_interval(values: np.ndarray) -> Interval | None:
-    """95 % interval of the mean of independent values; None for one value or a non-finite one."""
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2 or not np.isfinite(values).all():
-        return None
-    half = stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * stats.sem(values)
-    return float(values.mean() - half), float(values.mean() + half)
-
-
-def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Mean distance between confidence and accuracy over 15 equal bins (m-1)/15 < c <= m/15,
-    weighted by the samples in them (Guo et al. 2017, eq. 3). A confidence that is NaN counts as 0.
-    """
-    confidence = np.nan_to_num(np.asarray(confidence, dtype=np.float64), nan=0.0)
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
-# ------------------------------------------------------------------------ results
-
-
-@dataclass(frozen=True)
-class Paired:
-    """One kind of statistics against the baseline, on the same samples. Differences are this kind
-    less the baseline; gained: wrong under the baseline, right here; lost: the other way round."""
-
-    difference: float
-    difference_interval: Interval
-    gained: int
-    lost: int
-    wrong_to_other_wrong: int
-    p: float
-    p_holm: float
-    loss_difference: float | None
-    loss_difference_interval: Interval | None
-    class_difference: list[float | None]
-    class_gained: list[int]
-    class_lost: list[int]
-
-    @property
-    def changed(self) -> int:
-        return self.gained + self.lost + self.wrong_to_other_wrong
-
-
-@dataclass(frozen=True)
-class KindResult:
-    """How the model does under one kind of statistics. `label` names the kind in sentences;
-    `broken` counts the samples whose logits are not finite numbers (they count as wrong)."""
-
-    name: str
-    label: str
-    accuracy: float
-    accuracy_interval: Interval
-    loss: float | None
-    loss_interval: Interval | None
-    ece: float
-    broken: int
-    class_accuracy: list[float | None]
-    versus_baseline: Paired | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All kinds of statistics of one model on one set of samples, the baseline first.
+    """All conditions of one model on one set of samples, the baseline first.
 
-    `chance` is the accuracy of always naming the most frequent class. `layers` holds, per kind,
-    rows about single layers: drift (`bnexp.statistics.layer_drift`) and what exchanging that layer
-    alone costs (`layer_costs`). `verdict` is the answer in a sentence or two, `remarks` are
-    further sentences.
+    `chance` is the accuracy of always naming the most frequent class. `layers` holds, per
+    condition, how far the baseline's statistics are from its own in each layer.
     """
 
     samples: int
     classes: list[str]
     class_samples: list[int]
     chance: float
-    baseline: str
-    kinds: list[KindResult]
-    layers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    verdict: str = ""
-    remarks: list[str] = field(default_factory=list)
+    baseline: Condition
+    results: list[Result]
+    layers: dict[Condition, list[LayerRow]]
+    verdict: Verdict
 
-    def __getitem__(self, name: str) -> KindResult:
-        for kind in self.kinds:
-            if kind.name == name:
-                return kind
-        raise KeyError(name)
+    def __getitem__(self, condition: Condition) -> Result:
+        return next(r for r in self.results if r.condition == condition)
+
+    @property
+    def base(self) -> Result:
+        return self.results[0]
+
+    @property
+    def others(self) -> list[tuple[Result, Paired]]:
+        """All but the baseline, each with its difference to it."""
+        return paired_results(self.results)
+
+    @property
+    def compared(self) -> tuple[Result, Paired] | None:
+        """The one that the verdict judges the baseline by; None where it stands alone."""
+        return compared_result(self.results)
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists, strings, numbers and None only; no NaN."""
-        return asdict(self)
+        """What comparison.json holds: lists, strings, numbers and None only; no NaN."""
+        return {
+            "samples": self.samples,
+            "classes": self.classes,
+            "class_samples": self.class_samples,
+            "chance": self.chance,
+            "baseline": str(self.baseline),
+            "kinds": [_result_to_dict(result) for result in self.results],
+            "layers": {str(c): [row.to_dict() for row in rows] for c, rows in self.layers.items()},
+            "outcome": self.verdict.outcome,
+            "verdict": self.verdict.text,
+            "remarks": list(self.verdict.remarks),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], own: Weights = "trained") -> Comparison:
+        """What `to_dict` gave, also in records of older versions. `own` are the weights that the
+        record is about where it doesn't say otherwise. UserError where it is damaged."""
+        try:
+            kinds = [
+                {**kind, "condition": asdict(Condition.parse(kind["name"], own))}
+                for kind in content["kinds"]
+            ]
+            results = read(list[Result], kinds)
+            comparison = cls(
+                samples=read(int, content["samples"]),
+                classes=read(list[str], content["classes"]),
+                class_samples=read(list[int], content["class_samples"]),
+                chance=read(float, content["chance"]),
+                baseline=Condition.parse(content["baseline"], own),
+                results=results,
+                layers={
+                    Condition.parse(name, own): [LayerRow.from_dict(row) for row in rows]
+                    for name, rows in content.get("layers", {}).items()
+                },
+                verdict=Verdict(
+                    outcome(results, content["chance"]),
+                    read(str, content["verdict"]),
+                    read(tuple[str, ...], content.get("remarks", [])),
+                ),
+            )
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"it is not a comparison ({type(error).__name__}: {error})") from None
+        comparison._check()
+        return comparison
+
+    def _check(self) -> None:
+        """UserError where numbers that were read do not belong together."""
+        first, *others = self.results
+        if first.condition != self.baseline or len(others) != len(self.others):
+            raise UserError("the baseline comes first, and the others are paired with it")
+        lists: list[list] = [self.class_samples, *(r.class_accuracy for r in self.results)]
+        for _, pair in self.others:
+            lists += [pair.class_difference, pair.class_gained, pair.class_lost]
+        if self.samples < 1 or any(len(values) != len(self.classes) for values in lists):
+            raise UserError("samples and classes do not belong together")
 
 
-# ------------------------------------------------------------------------ comparing
+def _result_to_dict(result: Result) -> dict[str, Any]:
+    found = asdict(result)
+    del found["condition"]
+    return {"name": str(result.condition), **found}
 
 
 def compare(
-    predictions: Mapping[str, Predictions],
-    baseline: str,
+    predictions: Mapping[Condition, Predictions],
+    baseline: Condition,
     classes: Sequence[str],
     *,
-    labels: Mapping[str, str] | None = None,
-    layers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    made: Mapping[str, str] | None = None,
+    layers: Mapping[Condition, Sequence[LayerRow]] | None = None,
 ) -> Comparison:
-    """Compare predictions of the same samples under several kinds of statistics.
+    """Compare predictions of the same samples under several conditions.
 
-    `predictions`  by kind, as `evaluate` returns them
-    `baseline`     the kind the others are paired with
+    `predictions`  by condition, as `evaluate` returns them
+    `baseline`     the condition the others are paired with
     `classes`      the names of the classes
-    `labels`       names of kinds for sentences, such as {"running": "running averages (decay 0.9)"}
-    `layers`       per kind, rows about single layers to keep with the result
+    `made`         how each kind of statistics came about, as `bnexp.condition.label` takes it
+    `layers`       per condition, rows about single layers to keep with the result
 
-    Raises UserError where the kinds were not evaluated on the same samples.
+    Raises UserError where the conditions were not evaluated on the same samples.
     """
-    from bnexp.analysis.verdict import remarks, verdict
-
+    made = made or {}
     if baseline not in predictions:
-        raise UserError(f"the baseline {baseline!r} is not among {', '.join(predictions)}")
+        raise UserError(f"the baseline {baseline} is not among {', '.join(map(str, predictions))}")
     base = predictions[baseline]
     if len(base) == 0:
         raise UserError("there are no samples to compare on")
-    others = [name for name in predictions if name != baseline]
-    for name in others:
-        if not np.array_equal(predictions[name].labels, base.labels):
-            raise UserError(f"{name} and {baseline} were not evaluated on the same samples")
+    others = [condition for condition in predictions if condition != baseline]
+    for condition in others:
+        if not np.array_equal(predictions[condition].labels, base.labels):
+            raise UserError(f"{condition} and {baseline} were not evaluated on the same samples")
 
-    counts = {name: paired_counts(base.correct, predictions[name].correct) for name in others}
-    p_values = {name: mcnemar_p(*counts[name]) for name in others}
-    corrected = dict(zip(others, holm(list(p_values.values())), strict=True))
-
+    p_values = [mcnemar_p(*paired_counts(base.correct, predictions[c].correct)) for c in others]
     class_samples = np.bincount(base.labels, minlength=len(classes))
-    kinds = []
-    for name in [baseline, *others]:
-        paired = None
-        if name != baseline:
-            paired = _pair(base, predictions[name], len(classes), p_values[name], corrected[name])
-        label = (labels or {}).get(name) or default_label(name)
-        kinds.append(_kind(name, label, predictions[name], class_samples, paired))
-    result = Comparison(
+    results = [_result(baseline, made, base, class_samples, None)]
+    for condition, p, corrected in zip(others, p_values, holm(p_values), strict=True):
+        found = predictions[condition]
+        paired = _pair(base, found, len(classes), p, corrected)
+        results.append(_result(condition, made, found, class_samples, paired))
+    chance = float(class_samples.max() / len(base))
+    return Comparison(
         samples=len(base),
         classes=list(classes),
         class_samples=class_samples.tolist(),
-        chance=float(class_samples.max() / len(base)),
+        chance=chance,
         baseline=baseline,
-        kinds=kinds,
-        layers={name: [dict(row) for row in rows] for name, rows in (layers or {}).items()},
+        results=results,
+        layers={condition: list(rows) for condition, rows in (layers or {}).items()},
+        verdict=judge(results, len(base), chance, made),
     )
-    return replace(result, verdict=verdict(result), remarks=remarks(result))
 
 
-def _kind(
-    name: str, label: str, found: Predictions, class_samples: np.ndarray, paired: Paired | None
-) -> KindResult:
+def _result(
+    condition: Condition,
+    made: Mapping[str, str],
+    found: Predictions,
+    class_samples: np.ndarray,
+    paired: Paired | None,
+) -> Result:
     correct, n = found.correct, len(found)
-    return KindResult(
-        name=name,
-        label=label,
+    return Result(
+        condition=condition,
+        label=label(condition, made),
         accuracy=float(correct.mean()),
         accuracy_interval=wilson_interval(int(correct.sum()), n),
-        loss=_finite(found.loss.mean(dtype=np.float64)),
+        loss=finite(found.loss.mean(dtype=np.float64)),
         loss_interval=t_interval(found.loss),
         ece=expected_calibration_error(found.confidence, correct),
         broken=int((found.predicted < 0).sum()),
@@ -288,7 +237,7 @@ def _pair(base: Predictions, found: Predictions, classes: int, p: float, p_holm:
         wrong_to_other_wrong=int((changed & ~gained & ~lost).sum()),
         p=p,
         p_holm=p_holm,
-        loss_difference=_finite(loss_difference.mean()),
+        loss_difference=finite(loss_difference.mean()),
         loss_difference_interval=t_interval(loss_difference),
         class_difference=_ratios(class_gained - class_lost, class_samples),
         class_gained=class_gained.tolist(),
@@ -303,47 +252,3 @@ def _per_class(labels: np.ndarray, flags: np.ndarray, classes: int) -> np.ndarra
 def _ratios(counts: np.ndarray, totals: np.ndarray) -> list[float | None]:
     pairs = zip(counts.tolist(), totals.tolist(), strict=True)
     return [count / total if total else None for count, total in pairs]
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-# ------------------------------------------------------------------------ several seeds
-
-
-@dataclass(frozen=True)
-class SeedSummary:
-    """Accuracies of runs that differ in their seed alone, by kind of statistics; differences to the
-    baseline are paired by seed. Intervals speak about the next seed's mean, not about one run."""
-
-    kind: str
-    runs: int
-    mean: float
-    interval: Interval | None
-    standard_deviation: float | None
-    difference: float | None
-    difference_interval: Interval | None
-
-
-def summarize_seeds(accuracies: Mapping[str, Sequence[float]], baseline: str) -> list[SeedSummary]:
-    """`accuracies` by kind, one value per seed, in the same order of seeds for every kind."""
-    base = np.asarray(accuracies[baseline], dtype=np.float64)
-    summaries = []
-    for kind, values in accuracies.items():
-        values = np.asarray(values, dtype=np.float64)
-        if len(values) != len(base):
-            raise UserError(f"{kind} and {baseline} were not evaluated for the same seeds")
-        paired = None if kind == baseline else values - base
-        summaries.append(
-            SeedSummary(
-                kind=kind,
-                runs=len(values),
-                mean=float(values.mean()),
-                interval=t_interval(values),
-                standard_deviation=float(values.std(ddof=1)) if len(values) > 1 else None,
-                difference=None if paired is None else float(paired.mean()),
-                difference_interval=None if paired is None else t_interval(paired),
-            )
-        )
-    return summaries

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import typer
 
 from bnexp.cli import commands
 from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
 from bnexp.performance import wait_briefly
+
+MESSAGE = 2000
 
 app = typer.Typer(
     help="Train CNNs with batch normalization and measure what its moving averages are worth.",
@@ -88,6 +91,10 @@ def _fail_if_explained(error: BaseException) -> None:
             _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
 
 
-def _fail(message: str, exit_code: int) -> None:
-    print(f"bnexp: {message}", file=sys.stderr)
+def _fail(message: str, exit_code: int) -> NoReturn:
+    """One line of bounded length, whatever the names in it hold."""
+    if len(message) > MESSAGE:
+        message = f"{message[: MESSAGE // 2]} ... {message[-MESSAGE // 2 :]}"
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f"bnexp: {line}", file=sys.stderr)
     sys.exit(exit_code)

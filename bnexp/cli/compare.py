@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bnexp.analysis.verdict import signed, signed_interval
+from bnexp.analysis.words import signed, signed_interval
 from bnexp.cli.tables import output
 from bnexp.errors import UserError
 from bnexp.records import find_run
@@ -45,7 +45,10 @@ def _tree(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> 
             key: dict(zip((run.name for run in runs), values, strict=True))
             for key, values in differences
         },
-        "seeds": [asdict(group) for group in groups],
+        "seeds": [
+            {**asdict(group), "summary": [row.to_dict() for row in group.summary]}
+            for group in groups
+        ],
     }  # fmt: skip
 
 
@@ -143,7 +146,7 @@ def _print_seeds(console, group: SeedGroup) -> None:
         ]
         if row.difference is not None:
             cells += [signed(row.difference), signed_interval(row.difference_interval)]
-        table.add_row(row.kind, *cells)
+        table.add_row(str(row.condition), *cells)
     console.print(table)
     console.print("t intervals of the mean over seeds; differences are paired by seed", style="dim")
     if group.repeated:

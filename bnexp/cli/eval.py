@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from bnexp.condition import made_by
 from bnexp.config import Config, resolve
 from bnexp.config.schema import RECOMPUTE_METHODS
 from bnexp.errors import UserError
@@ -50,7 +51,7 @@ def run_eval(
             f"on {describe_device(resolved)}",
             file=sys.stderr,
         )
-    comparison = _compare(session, model, recompute_stats, methods, batch, not as_json)
+    comparison = _compare(session, model, weights, recompute_stats, methods, batch, not as_json)
     if as_json:
         head = {"run": str(found.path), "step": session.step, "weights": weights}
         print(json.dumps({**head, **comparison.to_dict()}, indent=2, allow_nan=False))
@@ -93,20 +94,22 @@ def _load(run, session, weights: str):
     return session.averaged_model(weights)
 
 
-def _compare(session, model, recompute_stats, methods, batch, show_progress):
-    from bnexp.evaluation.evaluate import assess, compare_assessment, kinds_to_assess
+def _compare(session, model, weights, recompute_stats, methods, batch, show_progress):
+    from bnexp.evaluation.evaluate import compare_evaluation, evaluate
+    from bnexp.training.subject import run_sources, run_subject
 
-    wanted = ["recomputed"] * recompute_stats + ["batch"] * batch
-    data, config = session.data, session.config
+    config = session.config
+    subject = run_subject(model, session.data, config)
     with session.autocast():
-        kinds = kinds_to_assess(
-            model,
-            data,
-            config,
+        sources = run_sources(
+            subject,
             session.estimates(),
-            wanted,
-            methods,
+            config,
+            recompute=recompute_stats,
+            batch=batch,
+            weights="trained" if weights == "last" else weights,
+            methods=methods,
             progress=show_progress and sys.stderr.isatty(),
         )
-        found = assess(model, data.test, config, kinds)
-        return compare_assessment(found, model, data, config)
+        found = evaluate(subject, sources, fold=config.performance.fold_batchnorm)
+        return compare_evaluation(subject, found, made_by(config.model_dump(mode="json")))

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from bnexp.analysis.verdict import p_value
-from bnexp.condition import compared_kind
+from bnexp.analysis.words import count, p_value, signed
+from bnexp.condition import Condition, weights_label
 
 if TYPE_CHECKING:
-    from bnexp.analysis.comparison import Comparison, KindResult
+    from bnexp.analysis.comparison import Comparison
+    from bnexp.analysis.layers import LayerRow
+    from bnexp.analysis.results import Result
 
 PIPE_WIDTH = 160
 WIDE = 100
 # The columns of the main table, and how wide a terminal each of them needs.
-KIND_COLUMNS = (
+RESULT_COLUMNS = (
     ("accuracy %", 0),
     ("95 % interval", 90),
     ("loss", WIDE),
@@ -36,33 +38,45 @@ def output() -> Console:
 
 
 def print_comparison(comparison: Comparison, layers: int = 0) -> None:
-    """Print the verdict, one row per kind of statistics, and the furthest layers, to stdout."""
+    """Print the verdict, one row per condition, and the furthest layers, to stdout."""
     console = output()
-    console.print(f"\n[bold]{comparison.verdict}[/bold]\n", soft_wrap=not console.is_terminal)
-    _print_kinds(console, comparison)
-    if layers and (kind := compared_kind(comparison.layers)):
-        _print_drift(console, kind, comparison.layers[kind][:layers], comparison.baseline)
+    console.print(f"\n[bold]{comparison.verdict.text}[/bold]\n", soft_wrap=not console.is_terminal)
+    _print_results(console, comparison)
+    if layers and comparison.compared:
+        compared = comparison.compared[0].condition
+        if rows := comparison.layers.get(compared):
+            _print_layers(console, compared, rows[:layers], comparison.baseline)
     console.print()
 
 
-def _print_kinds(console: Console, comparison: Comparison) -> None:
-    shown = [column for column, width in KIND_COLUMNS if console.width >= width]
-    table = _table(console, f"{comparison.samples:,} test images")
+def _print_results(console: Console, comparison: Comparison) -> None:
+    shown = [column for column, width in RESULT_COLUMNS if console.width >= width]
+    table = _table(console, f"{count(comparison.samples)} test images{_weights(comparison)}")
     table.add_column("statistics", no_wrap=True)
     for column in shown:
         table.add_column(column.strip(), justify="right", no_wrap=True)
-    for kind in comparison.kinds:
-        cells = _cells(kind)
-        table.add_row(kind.name, *(cells[column] for column in shown))
+    for result in comparison.results:
+        cells = _cells(result)
+        table.add_row(str(result.condition), *(cells[column] for column in shown))
     console.print(table)
-    if len(comparison.kinds) > 1:
-        corrected = ", corrected for testing several kinds (Holm)"
-        several = corrected if len(comparison.kinds) > 2 else ""
+    if comparison.others:
+        corrected = ", corrected for testing several conditions (Holm)"
+        several = corrected if len(comparison.others) > 1 else ""
         console.print(
             f"difference to {comparison.baseline}, in points; changed: predictions that differ "
             f"from its; p: exact McNemar test{several}.",
             style="dim",
         )
+
+
+def _weights(comparison: Comparison) -> str:
+    """Whose weights the rows are about that do not say it."""
+    named = ("ema", "swa")
+    unnamed = [r.condition for r in comparison.results if r.condition.weights not in named]
+    if not unnamed:
+        return ""
+    others = len(unnamed) < len(comparison.results)
+    return f", {weights_label(unnamed[0])}{' where none are named' if others else ''}"
 
 
 def _table(console: Console, title: str) -> Table:
@@ -72,44 +86,40 @@ def _table(console: Console, title: str) -> Table:
     )
 
 
-def _cells(kind: KindResult) -> dict[str, str]:
-    low, high = kind.accuracy_interval
-    cells = dict.fromkeys((column for column, _ in KIND_COLUMNS), "")
+def _cells(result: Result) -> dict[str, str]:
+    low, high = result.accuracy_interval
+    cells = dict.fromkeys((column for column, _ in RESULT_COLUMNS), "")
     cells |= {
-        "accuracy %": f"{100 * kind.accuracy:.2f}",
+        "accuracy %": f"{100 * result.accuracy:.2f}",
         "95 % interval": f"{100 * low:.2f} … {100 * high:.2f}",
-        "loss": "–" if kind.loss is None else f"{kind.loss:.4f}",
+        "loss": "–" if result.loss is None else f"{result.loss:.4f}",
     }
-    if paired := kind.versus_baseline:
+    if paired := result.versus_baseline:
         low, high = paired.difference_interval
         cells |= {
-            "difference": f"{100 * paired.difference:+.2f}",
-            " 95 % interval": f"{100 * low:+.2f} … {100 * high:+.2f}",
-            "changed": f"{paired.changed}",
+            "difference": signed(paired.difference, 2),
+            " 95 % interval": f"{signed(low, 2)} … {signed(high, 2)}",
+            "changed": count(paired.changed),
             "p": p_value(paired.p_holm).removeprefix("p = ").removeprefix("p "),
         }
     return cells
 
 
-def _print_drift(console: Console, kind: str, rows: list[dict], baseline: str) -> None:
-    table = _table(console, f"\nlayers whose {baseline} statistics are furthest from {kind}")
+def _print_layers(
+    console: Console, other: Condition, rows: list[LayerRow], baseline: Condition
+) -> None:
+    table = _table(console, f"\nlayers whose {baseline} statistics are furthest from {other}")
     table.add_column("layer", overflow="fold")
-    columns = {
-        "mean off by": lambda row: f"{row['mean_drift']:.3f} σ",
-        "at worst": lambda row: (
-            f"{row['worst_mean_drift']:.3f} σ (channel {row['worst_mean_channel']})"
-        ),
-        "log variance ratio": lambda row: f"{row['log_var_drift']:.3f}",
-        " at worst": lambda row: (
-            f"{row['worst_log_var_drift']:.3f} (channel {row['worst_var_channel']})"
-        ),
-    }
-    if console.width < WIDE:
-        columns = {name: cell for name, cell in columns.items() if "worst" not in name}
-    if "difference" in rows[0]:
-        columns["points if exchanged alone"] = lambda row: f"{100 * row['difference']:+.2f}"
-    for column in columns:
-        table.add_column(column.strip(), justify="right")
+    wide = console.width >= WIDE
+    columns = ["mean off by", "at worst", "log variance ratio", "at worst"]
+    if not wide:
+        columns = ["mean off by", "log variance ratio"]
+    for column in [*columns, "points if exchanged alone"]:
+        table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(row["name"], *(cell(row) for cell in columns.values()))
+        cells = [f"{row.mean_drift:.3f} σ", f"{row.log_var_drift:.3f}"]
+        if wide:
+            cells.insert(1, f"{row.worst_mean_drift:.3f} σ (channel {row.worst_mean_channel})")
+            cells.append(f"{row.worst_log_var_drift:.3f} (channel {row.worst_var_channel})")
+        table.add_row(row.name, *cells, signed(row.mended.difference, 2) if row.mended else "")
     console.print(table)

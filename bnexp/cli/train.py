@@ -123,7 +123,7 @@ def _write_state(run: Run, session, state: str, message: str | None = None, weig
 
 def _check_expectations(config: Config, comparison) -> None:
     wanted = config.expect.test_accuracy
-    found = comparison.kinds[0].accuracy
+    found = comparison.base.accuracy
     if wanted is not None and found < wanted:
         raise ExpectationNotMet(
             f"expect.test_accuracy: {wanted:.2%} was expected, {found:.2%} was reached"

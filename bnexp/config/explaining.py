@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
+from bnexp.config.annotations import kinds_of, models_in
 from bnexp.config.schema import Config
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models an annotation admits."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, dict):
-        return [m for part in typing.get_args(annotation) for m in _models_in(part)]
-    return []
+from bnexp.errors import shown
 
 
 def _keys_at(location: tuple) -> list[str]:
@@ -27,7 +20,7 @@ def _keys_at(location: tuple) -> list[str]:
     for part in location:
         fields = [m.model_fields[part] for m in models if part in m.model_fields]
         if fields:
-            models = [m for f in fields for m in _models_in(f.annotation)]
+            models = [m for f in fields for m in models_in(kinds_of(f.annotation))]
             continue
         tagged = [m for m in models if part in _tags(m)]
         models = tagged or models
@@ -43,7 +36,7 @@ def _tags(model: type[BaseModel]) -> tuple:
     return ()
 
 
-def _dotted(location: tuple) -> str:
+def written_key(location: tuple) -> str:
     """The location as the user wrote it, without the tags pydantic inserts for unions."""
     parts: list[str] = []
     models: list[type[BaseModel]] = [Config]
@@ -52,21 +45,22 @@ def _dotted(location: tuple) -> str:
         if not fields and any(part in _tags(m) for m in models):
             models = [m for m in models if part in _tags(m)]
             continue
-        parts.append(str(part))
+        word = str(part)
+        parts.append(word if word.isprintable() and len(word) <= 100 else shown(word))
         if fields:
-            models = [m for f in fields for m in _models_in(f.annotation)]
+            models = [m for f in fields for m in models_in(kinds_of(f.annotation))]
     return ".".join(parts)
 
 
-def explain(error: dict) -> str:
+def explain(error: ErrorDetails) -> str:
     """One line for one pydantic error."""
     location, kind, context = error["loc"], error["type"], error.get("ctx", {})
-    key = _dotted(location)
+    key = written_key(location)
     if kind == "extra_forbidden":
         if location[-1] == "momentum" and location[0] != "training":
             return _momentum_advice(key, error["input"])
         known = _keys_at(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        near = difflib.get_close_matches(str(location[-1])[:100], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         if len(location) == 4 and location[1] in ("optimizer", "schedule"):
             whole = f"{location[0]}.{location[1]}"
@@ -79,14 +73,26 @@ def explain(error: dict) -> str:
         return f"{key}.{tag} is missing"
     if kind == "union_tag_invalid":
         tag = context["discriminator"].strip("'")
-        return f"{key}.{tag} is {context['tag']!r}; allowed: {context['expected_tags']}"
+        return f"{key}.{tag} is {shown(context['tag'])}; allowed: {context['expected_tags']}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key or 'the config'} must be a section of keys, not {error['input']!r}"
+        return f"{key or 'the config'} must be a section of keys, not {shown(error['input'])}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if kind == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key} is {error['input']!r}; {message.removeprefix('input ')}"
+    said = f"{key} is {shown(error['input'])}; {message.removeprefix('input ')}"
+    if kind == "int_parsing" and (number := _whole(error["input"])) is not None:
+        said = f"{key} is {error['input']!r}; write {number}"
+    return said
+
+
+def _whole(text: str) -> int | None:
+    """The whole number that a text such as 1e3 stands for."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() and abs(number) < 2**63 else None
 
 
 def _momentum_advice(key: str, value: Any) -> str:

@@ -4,103 +4,21 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from bnexp.config.explaining import explain
+from bnexp.config.annotations import Kinds, admits_names, below, items_of, takes_text
+from bnexp.config.explaining import explain, written_key
 from bnexp.config.schema import Config
-from bnexp.errors import UserError
+from bnexp.config.yaml_text import MAX_CHARACTERS, MAX_DEPTH, Scalar, parse_yaml, unshared
+from bnexp.errors import UserError, shown
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is not a word", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
-
-
-def _read(path: Path) -> dict:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, n=1) or beside[:5]
-        hint = f"; that folder has {', '.join(near)}" if near else ""
-        raise UserError(f"no config at {path}{hint}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the YAML file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    tree = _parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, see configs/digits.yaml")
-    return tree
-
-
-def _override(tree: dict, assignment: str) -> None:
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise UserError(f"{assignment!r} is no override: write key=value, as in training.steps=500")
-    *parents, last = _split(tree, key)
-    node = tree
-    for depth, parent in enumerate(parents):
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            at = ".".join(parents[: depth + 1])
-            raise UserError(f"override {assignment!r}: {at} is {child!r}, not a section")
-        node = child
-    if key in ("training.epochs", "training.steps"):
-        node.pop("epochs", None)
-        node.pop("steps", None)
-    node[last] = _parse_yaml(text, f"override {assignment!r}") if text else None
-
-
-def _split(tree: dict, key: str) -> list[str]:
-    """The parts of a dotted key; names in `tree` that have dots themselves stay whole."""
-    words, parts = key.split("."), []
-    node: Any = tree
-    while words:
-        known = node if isinstance(node, dict) else {}
-        lengths = range(len(words), 0, -1)
-        length = next((n for n in lengths if ".".join(words[:n]) in known), 1)
-        part, words = ".".join(words[:length]), words[length:]
-        parts.append(part)
-        node = known.get(part)
-    return parts
-
-
-def load_config(path: Path, overrides: list[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in the YAML file at `path`, with dotted `key=value` overrides applied.
 
     Raises UserError (one line) for a missing or unreadable file, YAML that does not parse, an
@@ -109,17 +27,137 @@ def load_config(path: Path, overrides: list[str] = ()) -> Config:
     tree = _read(path)
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
     tree.setdefault("name", words[:100] or "run")
-    return resolve(tree, overrides, str(path))
+    return resolve(tree, overrides, _written(path))
 
 
-def resolve(tree: dict, overrides: list[str], source: str) -> Config:
-    """The `Config` of an already parsed mapping; `source` names it in errors."""
+def resolve(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """The `Config` of an already parsed mapping, which is left as it is; `source` names it in
+    errors."""
+    tree = unshared(tree)
     for assignment in overrides:
         _override(tree, assignment)
     try:
+        tree = _typed(tree, [Config])
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
         more = error.error_count() - 1
         tail = f" (and {more} more)" if more else ""
         raise UserError(f"{source}: {explain(first)}{tail}") from None
+
+
+def _written(path: Path) -> str:
+    text = str(path)
+    return text if text.isprintable() and len(text) <= 200 else shown(text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    where = _written(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_CHARACTERS + 1)
+        if len(content) > MAX_CHARACTERS:
+            raise UserError(f"{where}: more than {MAX_CHARACTERS:,} bytes are no config")
+        text = content.decode()
+    except FileNotFoundError:
+        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1) or beside[:5]
+        hint = f"; that folder has {', '.join(near)}" if near else ""
+        raise UserError(f"no config at {where}{hint}") from None
+    except IsADirectoryError:
+        raise UserError(f"{where} is a folder; name the YAML file in it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is no text in UTF-8: byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"{where} can't be read: {error.strerror}") from None
+    tree = parse_yaml(text, where)
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{where}: a config is a mapping of keys to values, see configs/digits.yaml"
+        )
+    return tree
+
+
+def _override(tree: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    said = f"override {shown(assignment)}"
+    if not equals or not key:
+        raise UserError(
+            f"{shown(assignment)} is no override: write key=value, as in training.steps=500"
+        )
+    *parents, last = parts = _split(tree, key)
+    if len(parts) > MAX_DEPTH:
+        raise UserError(f"{said}: no key lies {len(parts)} sections deep")
+    node: Any = tree
+    kinds: Kinds = [Config]
+    for depth, parent in enumerate(parents):
+        child = node.get(parent)
+        if child is None or (isinstance(child, Scalar) and child.value is None):
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            value = child.text if isinstance(child, Scalar) else child
+            at = ".".join(parents[: depth + 1])
+            raise UserError(f"{said}: {at} is {shown(value)}, not a section")
+        node, kinds = child, below(kinds, parent)
+    if key in ("training.epochs", "training.steps"):
+        node.pop("epochs", None)
+        node.pop("steps", None)
+    node[last] = _value(text, below(kinds, last), said)
+
+
+def _split(tree: dict[str, Any], key: str) -> list[str]:
+    """The parts of a dotted key; a name that has dots itself, in `tree` or given anew where the
+    schema has a mapping of names, stays whole."""
+    parts: list[str] = []
+    node: Any = tree
+    kinds: Kinds = [Config]
+    rest: str | None = key
+    while rest is not None:
+        names = node if isinstance(node, dict) else {}
+        known = [name for name in names if f"{rest}.".startswith(f"{name}.")]
+        if known:
+            part = max(known, key=len)
+        elif admits_names(kinds):
+            name, _, last = rest.rpartition(".")
+            part = name if name and below(below(kinds, name), last) else rest
+        else:
+            part = rest.partition(".")[0]
+        parts.append(part)
+        rest = None if part == rest else rest[len(part) + 1 :]
+        node, kinds = names.get(part), below(kinds, part)
+    return parts
+
+
+def _value(text: str, kinds: Kinds, said: str) -> Any:
+    """A text or a path is taken as typed unless it is quoted or null; all else is YAML."""
+    if takes_text(kinds) and not text.startswith(("'", '"')):
+        return Scalar(text, quoted=text not in ("", "null"))
+    return parse_yaml(text, said)
+
+
+def _typed(node: Any, kinds: Kinds, location: tuple[str | int, ...] = ()) -> Any:
+    """The tree with each scalar read as what may stand there: a text as typed, or a value."""
+    if isinstance(node, dict):
+        return {k: _typed(inner, below(kinds, k), (*location, k)) for k, inner in node.items()}
+    if isinstance(node, list):
+        items = items_of(kinds)
+        return [_typed(inner, items, (*location, i)) for i, inner in enumerate(node)]
+    if not isinstance(node, Scalar):
+        return node
+    if takes_text(kinds) and not (node.value is None and NoneType in kinds):
+        return node.text
+    return _checked(node.value, kinds, f"{written_key(location)} is {shown(node.text)}")
+
+
+def _checked(value: Any, kinds: Kinds, said: str) -> Any:
+    """The value, unless pydantic would make of it what nobody meant."""
+    if isinstance(value, bool) and kinds and bool not in kinds:
+        reading = f"which YAML reads as {str(value).lower()}"
+        raise UserError(f"{said}, {reading}; that is not allowed here")
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
+    if whole and int in kinds and float not in kinds:
+        raise UserError(f"{said}; write {int(value)}")
+    return value

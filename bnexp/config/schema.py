@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from bnexp.errors import shown
 from bnexp.memory_size import parse_memory
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -32,18 +33,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_boolean_in_place_of_a_value(cls, values: Any) -> Any:
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field and field.annotation is not bool:
-                raise ValueError(
-                    f"{name} is {str(value).lower()} (YAML reads yes, no, on and off so), which "
-                    "is not allowed here"
-                )
-        return values
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -83,10 +72,12 @@ class DataConfig(Section):
     @classmethod
     def _absolute(cls, root: Path | None) -> Path | None:
         """So that a run's config means the same folder from everywhere."""
+        if "\0" in str(root):
+            raise ValueError(f"{shown(str(root))} has a NUL, which no path has")
         try:
             return None if root is None else Path(os.path.abspath(root.expanduser()))
         except RuntimeError as error:
-            raise ValueError(f"{root}: {error}") from None
+            raise ValueError(f"{shown(str(root))}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------- model
@@ -173,8 +164,8 @@ class StatisticsConfig(Section):
             taken = name in ("running", "recomputed", "batch", "none")
             if taken or not PLAIN_NAME.fullmatch(name):
                 raise ValueError(
-                    f"{name!r} can't name an estimator: running, recomputed, batch and none are "
-                    "taken; use letters, digits, '.', '_' and '-'"
+                    f"{shown(name)} can't name an estimator: running, recomputed, batch and none "
+                    "are taken; use letters, digits, '.', '_' and '-'"
                 )
         return estimators
 
@@ -421,8 +412,8 @@ class Config(Section):
     def _folder_name(cls, name: str) -> str:
         if not PLAIN_NAME.fullmatch(name):
             raise ValueError(
-                f"{name!r} can't name a folder: use letters, digits, '.', '_' and '-', the first "
-                "a letter or digit"
+                f"{shown(name)} can't name a folder: use letters, digits, '.', '_' and '-', the "
+                "first a letter or digit"
             )
         return name
 
@@ -430,7 +421,7 @@ class Config(Section):
     @classmethod
     def _known_device(cls, device: str) -> str:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-            raise ValueError(f"{device!r} is no device; allowed: auto, cpu, cuda, cuda:1, mps")
+            raise ValueError(f"{shown(device)} is no device; allowed: auto, cpu, cuda, cuda:1, mps")
         return device
 
     @model_validator(mode="after")

@@ -1,1 +1,1 @@
-"""What a model predicts under each kind of statistics, and what the difference is worth."""
+"""A model under several conditions on the same samples. Knows no config, run folder or data set."""

@@ -14,8 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bnexp.analysis.verdict import count, percent, signed
-from bnexp.condition import compared_kind, is_recomputed
+from bnexp.analysis.words import count, percent, signed
 from bnexp.report.curves import envelope, thin
 from bnexp.report.drawing import (
     COLOUR,
@@ -28,7 +27,7 @@ from bnexp.report.drawing import (
     end_of,
     save,
 )
-from bnexp.report.run_data import RunData
+from bnexp.report.run_data import RunData, compared_kind, is_recomputed
 
 TABLE_BINS = 60
 MAX_LAYERS = 30

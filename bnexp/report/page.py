@@ -12,14 +12,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from bnexp.analysis import verdict as words
+from bnexp.analysis import words
+from bnexp.analysis.verdict import AGREEMENT, SIGNIFICANT
 from bnexp.atomic import write_atomically
-from bnexp.condition import compared_kind
 from bnexp.errors import UserError
 from bnexp.records import Run
 from bnexp.report.drawing import PALETTE, Plot, to_svg
 from bnexp.report.figures import run_plots, runs_accuracy
-from bnexp.report.run_data import RunData
+from bnexp.report.run_data import RunData, compared_kind
 from bnexp.report.several import SeedGroup, config_differences, seed_groups
 
 
@@ -167,9 +167,9 @@ def _mood(comparison: Mapping[str, Any] | None) -> str:
     if not name:
         return "blue"
     paired = next(k for k in comparison["kinds"] if k["name"] == name)["versus_baseline"]
-    if paired["p_holm"] < words.SIGNIFICANT:
+    if paired["p_holm"] < SIGNIFICANT:
         return "orange" if paired["difference"] > 0 else "blue"
-    agree = max(map(abs, paired["difference_interval"])) <= words.AGREEMENT
+    agree = max(map(abs, paired["difference_interval"])) <= AGREEMENT
     return "green" if agree else "blue"
 
 

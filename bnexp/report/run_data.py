@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from bnexp.condition import Condition, compared_with, label, made_by
 
 if TYPE_CHECKING:
     from bnexp.records import Run
@@ -29,8 +31,6 @@ class RunData:
 
     @classmethod
     def read(cls, run: Run) -> RunData:
-        from bnexp.condition import config_labels
-
         config = run.config
         return cls(
             name=run.name,
@@ -41,7 +41,7 @@ class RunData:
             steps=run.steps(),
             evals=run.evals(),
             comparison=run.comparison(),
-            labels=config_labels(config),
+            labels={name: label(Condition.parse(name), made_by(config)) for name in _names(config)},
         )
 
     def kinds(self, split: str) -> list[str]:
@@ -67,3 +67,18 @@ class RunData:
             return self.comparison["baseline"]
         kinds = self.kinds("test")
         return "running" if "running" in kinds or not kinds else kinds[0]
+
+
+def _names(config: Mapping[str, Any]) -> list[str]:
+    names = ["running", *config["statistics"]["estimators"], "recomputed", "batch", "none"]
+    return names + [f"{weights}/{name}" for weights in ("ema", "swa") for name in names]
+
+
+def is_recomputed(kind: str) -> bool:
+    condition = Condition.parse(kind)
+    return condition.is_recomputed and condition.weights == "trained"
+
+
+def compared_kind(kinds: Iterable[str]) -> str | None:
+    found = compared_with(Condition("running"), map(Condition.parse, kinds))
+    return str(found) if found else None

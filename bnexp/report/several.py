@@ -10,7 +10,7 @@ from bnexp.dotted import dotted, within
 from bnexp.report.run_data import RunData
 
 if TYPE_CHECKING:
-    from bnexp.analysis.comparison import SeedSummary
+    from bnexp.analysis.seeds import SeedSummary
 
 # Keys that decide nothing about what is learned or measured, beside the seed itself.
 NOT_THE_EXPERIMENT = (
@@ -67,7 +67,8 @@ def seed_groups(runs: Sequence[RunData]) -> list[SeedGroup]:
 
 
 def _summarize(runs: list[RunData]) -> list[SeedSummary]:
-    from bnexp.analysis.comparison import summarize_seeds
+    from bnexp.analysis.seeds import summarize_seeds
+    from bnexp.condition import Condition
 
     accuracies = [
         {kind["name"]: kind["accuracy"] for kind in run.comparison["kinds"]} for run in runs
@@ -76,7 +77,10 @@ def _summarize(runs: list[RunData]) -> list[SeedSummary]:
     kinds = [k for k in accuracies[0] if all(k in found for found in accuracies)]
     if baseline not in kinds:
         return []
-    return summarize_seeds({k: [found[k] for found in accuracies] for k in kinds}, baseline)
+    return summarize_seeds(
+        {Condition.parse(k): [found[k] for found in accuracies] for k in kinds},
+        Condition.parse(baseline),
+    )
 
 
 def _experiment(config: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,19 +37,22 @@ class LayerDrift:
         return max(self.mean_drift, self.log_var_drift / 2)
 
 
-def layer_drift(a: Statistics, b: Statistics, eps: float = 1e-5) -> list[LayerDrift]:
+def layer_drift(
+    a: Statistics, b: Statistics, eps: float | Mapping[str, float] = 1e-5
+) -> list[LayerDrift]:
     """Distance of `a` from `b` for each layer both have, by `LayerDrift.drift`, furthest first.
 
-    eps: the layers', so that channels which BN treats as constant do not dominate. Computed in
-    float64 on the CPU; mutates nothing. Raises UserError if no layer is in both, if a layer's
-    number of channels differs, or if eps is not positive.
+    eps: the layers', by name or one for all, so that channels which BN treats as constant do
+    not dominate. Computed in float64 on the CPU; mutates nothing. Raises UserError if
+    no layer is in both, if a layer's number of channels differs, or if eps is not positive.
     """
-    if not eps > 0:
-        raise UserError(f"eps={eps!r} must be positive")
     shared = [name for name in a.names if name in b.mean]
     if not shared:
         raise UserError("the two statistics have no layer in common")
-    drifts = [_one_layer(name, a, b, eps) for name in shared]
+    by_name = eps if isinstance(eps, Mapping) else dict.fromkeys(shared, eps)
+    if wrong := [by_name[name] for name in shared if not by_name[name] > 0]:
+        raise UserError(f"eps={wrong[0]!r} must be positive")
+    drifts = [_one_layer(name, a, b, by_name[name]) for name in shared]
     return sorted(drifts, key=lambda layer: layer.drift, reverse=True)
 
 

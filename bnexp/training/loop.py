@@ -13,21 +13,17 @@ import torch
 import torch.nn.functional as F
 
 from bnexp.analysis.comparison import Comparison
+from bnexp.condition import Condition, Weights, made_by
 from bnexp.config.schema import CheckpointsConfig
 from bnexp.errors import Interrupted, NotFinite, RunFailed
-from bnexp.evaluation.evaluate import (
-    Assessment,
-    assess,
-    compare_assessment,
-    kinds_to_assess,
-    merge,
-)
+from bnexp.evaluation.evaluate import Evaluation, Source, compare_evaluation, evaluate
 from bnexp.records import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
 from bnexp.training.checkpoints import load_checkpoint, save_checkpoint
 from bnexp.training.display import Display
 from bnexp.training.metrics import StepLog
 from bnexp.training.optimization import learning_rate
 from bnexp.training.session import Session
+from bnexp.training.subject import run_sources, run_subject
 
 # The EMA accuracy has collapsed when it once was this far above chance, and has now been
 # this close to it for so many checks in a row.
@@ -249,22 +245,27 @@ class Trainer:
                 f"learning rate now {self._learning_rate():.3g}"
             )
 
-    def _assess(self, final: bool) -> tuple[Assessment, float | None]:
-        """Evaluate under all kinds, write the rows, and say by what the best is chosen."""
+    def _assess(self, final: bool) -> tuple[Evaluation, float | None]:
+        """Evaluate under all conditions, write the rows, and say by what the best is chosen."""
         session, config = self.session, self.config
         data, model = session.data, session.model
         with session.autocast(), self._diverged_if_not_finite():
-            kinds = self._kinds(final)
+            kinds = self._sources(final)
             baseline = next(iter(kinds))
             only_baseline = {baseline: kinds[baseline]}
-            found = assess(model, data.test, config, kinds)
+            fold = config.performance.fold_batchnorm
+            found = evaluate(run_subject(model, data, config), kinds, fold=fold)
             rows = found.rows(session.step, "test")
             metric = found.predictions[baseline].accuracy
             if config.test.train_accuracy:
-                on_train = assess(model, data.train, config, only_baseline)
+                on_train = evaluate(
+                    run_subject(model, data, config, data.train), only_baseline, fold=fold
+                )
                 rows += on_train.rows(session.step, "train")
             if data.val is not None:
-                on_val = assess(model, data.val, config, only_baseline)
+                on_val = evaluate(
+                    run_subject(model, data, config, data.val), only_baseline, fold=fold
+                )
                 rows += on_val.rows(session.step, "val")
                 on_val = on_val.predictions[baseline]
                 stopping = config.training.early_stopping
@@ -290,11 +291,15 @@ class Trainer:
         lr = self.step_log.last[2] if self.step_log.last else self._learning_rate()
         return f"step {self.session.step} with learning rate {lr:.3g}"
 
-    def _kinds(self, final: bool) -> dict:
-        session = self.session
-        wanted = list(self.config.test.statistics) + ["recomputed"] * final
-        return kinds_to_assess(
-            session.model, session.data, self.config, session.estimates(), wanted
+    def _sources(self, final: bool, weights: Weights = "trained") -> dict[Condition, Source]:
+        session, wanted = self.session, self.config.test.statistics
+        return run_sources(
+            run_subject(session.model, session.data, self.config),
+            session.estimates(),
+            self.config,
+            recompute=final or "recomputed" in wanted,
+            batch="batch" in wanted,
+            weights=weights,
         )
 
     def _evaluate(self) -> None:
@@ -341,10 +346,10 @@ class Trainer:
         if self._is_best(metric):
             session.best_metric, session.best_step = metric, session.step
             self._save(best=True)
-        averaged = Assessment()
+        averaged = Evaluation()
         for name, average in session.averages.items():
             if average.count:
-                averaged = merge(averaged, self._assess_average(name))
+                averaged |= self._assess_average(name)
             else:
                 self.display.line(f"no {name} weights were averaged: the run ended too early")
         stopping = config.training.early_stopping
@@ -354,11 +359,16 @@ class Trainer:
             best = load_checkpoint(self.run.checkpoints / "best.pt")
             session.load_weights(best)
             with session.autocast():
-                kinds = self._kinds(final=True)
-                found = assess(session.model, session.data.test, config, kinds)
+                found = evaluate(
+                    run_subject(session.model, session.data, config),
+                    self._sources(final=True, weights="best"),
+                    fold=config.performance.fold_batchnorm,
+                )
         with session.autocast():
-            comparison = compare_assessment(
-                merge(found, averaged), session.model, session.data, config
+            comparison = compare_evaluation(
+                run_subject(session.model, session.data, config),
+                found | averaged,
+                made_by(config.model_dump(mode="json")),
             )
         self.run.write_json(
             "comparison.json", {"step": step, "weights": weights, **comparison.to_dict()}
@@ -367,17 +377,18 @@ class Trainer:
             self.events.close()
         return Outcome(comparison, weights, session.stopped)
 
-    def _assess_average(self, name: str) -> Assessment:
+    def _assess_average(self, name: Weights) -> Evaluation:
         """Averaged weights with recomputed statistics and, to show why, the trained model's."""
         session = self.session
-        model = session.averaged_model(name)
+        subject = run_subject(session.averaged_model(name), session.data, self.config)
         with session.autocast(), self._diverged_if_not_finite():
-            kinds = kinds_to_assess(
-                model, session.data, self.config, session.estimates(), ["recomputed"]
+            kinds = run_sources(
+                subject, session.estimates(), self.config, recompute=True, weights=name
             )
             if session.has_batchnorm:
-                kinds = {kind: kinds[kind] for kind in ("recomputed", "running")}
-            return assess(model, session.data.test, self.config, kinds, prefix=f"{name}/")
+                shown = (Condition("recomputed", name), Condition("running", name))
+                kinds = {condition: kinds[condition] for condition in shown}
+            return evaluate(subject, kinds, fold=self.config.performance.fold_batchnorm)
 
 
 class _CheckpointClock:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bnexp.errors import UserError
-from bnexp.evaluation.evaluate import Assessment
+from bnexp.evaluation.evaluate import Evaluation
 from bnexp.records import STEP_COLUMNS
 from bnexp.statistics import Statistics
 
@@ -30,15 +30,15 @@ class Events:
             for name, value in zip(STEP_COLUMNS[1:], values, strict=True):
                 self._writer.add_scalar(f"train/{name}", value, step)
 
-    def evaluation(self, rows: Iterable[tuple], assessment: Assessment, eps: float) -> None:
+    def evaluation(self, rows: Iterable[tuple], evaluation: Evaluation, eps: float) -> None:
         """Rows of evals.csv, and how far each layer's channels are from the first statistics."""
         for step, split, kind, accuracy, loss, *_ in rows:
             self._writer.add_scalar(f"{split}/accuracy/{kind}", accuracy, step)
             self._writer.add_scalar(f"{split}/loss/{kind}", loss, step)
-        (_, reference), *others = assessment.statistics.items()
+        (_, reference), *others = evaluation.statistics.items()
         for kind, statistics in others:
             if statistics is not None:
-                self._histograms(kind, reference, statistics, eps, rows[0][0])
+                self._histograms(str(kind), reference, statistics, eps, rows[0][0])
 
     def _histograms(
         self, kind: str, reference: Statistics, other: Statistics, eps: float, step: int

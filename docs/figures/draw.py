@@ -156,7 +156,7 @@ def statistics(*runs: dict) -> Figure:
         low, high = np.min(late_values), np.max(late_values)
         row[1].set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
         row[0].set_title(f"mini-batches of {size}: the first 300 steps")
-        row[1].set_title(f"mini-batches of {size}: the last 300 of 3 000 (magnified)")
+        row[1].set_title(f"mini-batches of {size}: the last 300 of 3,000 (magnified)")
         row[0].set_ylabel("test accuracy, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     for handle in handles:
@@ -227,7 +227,7 @@ def paper(with_bn: dict, without: dict) -> Figure:
         ax.set_ylim(low - 0.3, high + 0.3)
     for ax in axes[0]:
         ax.set_xscale("symlog", linthresh=20, linscale=0.4)
-        ax.set_xticks([0, 100, 1000, 10_000], ["0", "100", "1 000", "10 000"])
+        ax.set_xticks([0, 100, 1000, 10_000], ["0", "100", "1,000", "10,000"])
         ax.minorticks_off()
         ax.set_xlim(0, 50_000)
         ax.set_xlabel("step (logarithmic)")

@@ -150,7 +150,7 @@ def _std_ratio(a: Statistics, b: Statistics) -> dict[str, float]:
 def sigmoid_inputs(folder: Path) -> dict:
     """Percentiles of the inputs of the last hidden layer's sigmoids at every checkpoint.
 
-    Over 6 000 training images in mini-batches of 60, normalized as in training. The unit shown is
+    Over 6,000 training images in mini-batches of 60, normalized as in training. The unit shown is
     the typical one: its median travels as far as the median unit's does.
     """
     config = load_config(folder / "config.yaml")

@@ -15,19 +15,23 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
-from bnexp.analysis.comparison import (
-    compare,
+from bnexp.analysis.comparison import Comparison, compare
+from bnexp.analysis.intervals import (
     expected_calibration_error,
     holm,
     mcnemar_p,
     paired_counts,
     paired_interval,
-    summarize_seeds,
     t_interval,
     wilson_interval,
 )
+from bnexp.analysis.layers import LayerCost, LayerRow
+from bnexp.analysis.predictions import Predictions
+from bnexp.analysis.seeds import summarize_seeds
+from bnexp.condition import Condition
 from bnexp.errors import UserError
-from bnexp.evaluation.predictions import Predictions
+
+RUNNING, RECOMPUTED, EMA = (Condition(name) for name in ("running", "recomputed", "ema-0.99"))
 
 
 def found(rng, labels, accuracy, classes):
@@ -179,28 +183,28 @@ def predictions():
     second = found(rng, labels, 0.90, 5)
     third = Predictions(first.predicted.copy(), labels, first.loss + 0.1, first.confidence)
     third.predicted[:20] = (labels[:20] + 1) % 5
-    return {"running": first, "recomputed": second, "ema-0.99": third}
+    return {RUNNING: first, RECOMPUTED: second, EMA: third}
 
 
 @pytest.fixture(scope="module")
 def comparison(predictions):
-    return compare(predictions, "running", "abcde")
+    return compare(predictions, RUNNING, "abcde")
 
 
 def test_accuracy_per_class_is_recall(predictions, comparison):
-    for kind in comparison.kinds:
-        f = predictions[kind.name]
+    for result in comparison.results:
+        f = predictions[result.condition]
         expected = recall_score(f.labels, f.predicted, average=None)
-        assert kind.class_accuracy == pytest.approx(expected.tolist())
-        base = recall_score(f.labels, predictions["running"].predicted, average=None)
-        if kind.versus_baseline:
-            difference = kind.versus_baseline.class_difference
+        assert result.class_accuracy == pytest.approx(expected.tolist())
+        base = recall_score(f.labels, predictions[RUNNING].predicted, average=None)
+        if result.versus_baseline:
+            difference = result.versus_baseline.class_difference
             assert difference == pytest.approx((expected - base).tolist())
 
 
 def test_changes_are_counted_sample_by_sample(predictions, comparison):
-    base = predictions["running"]
-    for name in ("recomputed", "ema-0.99"):
+    base = predictions[RUNNING]
+    for name in (RECOMPUTED, EMA):
         f, counts = predictions[name], {"gained": 0, "lost": 0, "other": 0, "same": 0}
         for label, before, after in zip(f.labels, base.predicted, f.predicted, strict=True):
             if before == after:
@@ -218,71 +222,72 @@ def test_changes_are_counted_sample_by_sample(predictions, comparison):
         assert paired.changed == len(f) - counts["same"]
         assert sum(paired.class_gained) == paired.gained
         assert sum(paired.class_lost) == paired.lost
-        difference = comparison[name].accuracy - comparison["running"].accuracy
+        difference = comparison[name].accuracy - comparison[RUNNING].accuracy
         assert paired.difference == pytest.approx(difference)
 
 
 def test_p_values_are_corrected_over_the_kinds_tested(predictions, comparison):
-    base = predictions["running"]
+    base = predictions[RUNNING]
     raw = []
-    for kind in comparison.kinds[1:]:
-        f = predictions[kind.name]
+    for result in comparison.results[1:]:
+        f = predictions[result.condition]
         table = [[0, (f.correct & ~base.correct).sum()], [(base.correct & ~f.correct).sum(), 0]]
         raw.append(mcnemar(table, exact=True).pvalue)
     corrected = multipletests(raw, method="holm")[1]
-    found_p = [(k.versus_baseline.p, k.versus_baseline.p_holm) for k in comparison.kinds[1:]]
+    found_p = [(pair.p, pair.p_holm) for _, pair in comparison.others]
     assert found_p == [pytest.approx(pair) for pair in zip(raw, corrected, strict=True)]
 
 
 def test_loss_and_its_paired_difference(predictions, comparison):
-    base, f = predictions["running"], predictions["ema-0.99"]
-    kind = comparison["ema-0.99"]
-    assert kind.loss == pytest.approx(f.loss.mean(dtype=np.float64))
+    base, f = predictions[RUNNING], predictions[EMA]
+    result = comparison[EMA]
+    assert result.loss == pytest.approx(f.loss.mean(dtype=np.float64))
     expected = DescrStatsW(f.loss.astype(np.float64)).tconfint_mean()
-    assert kind.loss_interval == pytest.approx(expected)
+    assert result.loss_interval == pytest.approx(expected)
     difference = f.loss.astype(np.float64) - base.loss
-    assert kind.versus_baseline.loss_difference == pytest.approx(difference.mean())
+    assert result.versus_baseline.loss_difference == pytest.approx(difference.mean())
     expected = DescrStatsW(difference).tconfint_mean()
-    assert kind.versus_baseline.loss_difference_interval == pytest.approx(expected)
+    assert result.versus_baseline.loss_difference_interval == pytest.approx(expected)
 
 
 def test_baseline_comes_first_and_chance_is_the_most_frequent_class(predictions):
-    reordered = {name: predictions[name] for name in ("ema-0.99", "recomputed", "running")}
-    comparison = compare(reordered, "running", "abcde")
-    assert [k.name for k in comparison.kinds] == ["running", "ema-0.99", "recomputed"]
-    assert comparison.kinds[0].versus_baseline is None
-    labels = predictions["running"].labels
+    reordered = {name: predictions[name] for name in (EMA, RECOMPUTED, RUNNING)}
+    comparison = compare(reordered, RUNNING, "abcde")
+    assert [r.condition for r in comparison.results] == [RUNNING, EMA, RECOMPUTED]
+    assert comparison.results[0].versus_baseline is None
+    labels = predictions[RUNNING].labels
     assert comparison.chance == pytest.approx(np.bincount(labels).max() / len(labels))
 
 
 def test_survives_json_without_nan(predictions):
     broken = Predictions(
         np.full(1200, -1),
-        predictions["running"].labels,
+        predictions[RUNNING].labels,
         np.full(1200, np.nan, dtype=np.float32),
         np.full(1200, np.nan, dtype=np.float32),
     )
-    rows = [{"name": "bn1", "mean_drift": 0.1}]
+    cost = LayerCost(-0.1, (-0.2, 0.0), 7, None, 1200)
+    row = LayerRow("bn1", 8, 0.1, 0.3, 1, 0.2, 0.4, 2, mended=cost)
     comparison = compare(
-        {"running": predictions["running"], "batch": broken},
-        "running",
+        {RUNNING: predictions[RUNNING], Condition("batch"): broken},
+        RUNNING,
         ["a", "b", "c", "d", "e", "no samples"],
-        layers={"batch": rows},
+        layers={Condition("batch"): [row]},
     )
     text = json.dumps(comparison.to_dict(), allow_nan=False)
     assert json.loads(text)["kinds"][1]["name"] == "batch"
-    assert comparison["batch"].broken == 1200
-    assert comparison["batch"].loss is None
-    assert comparison["batch"].class_accuracy[-1] is None
-    assert comparison.layers == {"batch": rows}
+    assert comparison[Condition("batch")].broken == 1200
+    assert comparison[Condition("batch")].loss is None
+    assert comparison[Condition("batch")].class_accuracy[-1] is None
+    assert Comparison.from_dict(json.loads(text)) == comparison
 
 
 def test_different_samples_are_refused(predictions):
-    other = found(np.random.default_rng(1), predictions["running"].labels[::-1].copy(), 0.5, 5)
+    other = found(np.random.default_rng(1), predictions[RUNNING].labels[::-1].copy(), 0.5, 5)
     with pytest.raises(UserError, match="not evaluated on the same samples"):
-        compare({"running": predictions["running"], "other": other}, "running", "abcde")
+        compare({RUNNING: predictions[RUNNING], EMA: other}, RUNNING, "abcde")
     with pytest.raises(UserError, match="baseline"):
-        compare(predictions, "recompute", "abcde")
+        compare(predictions, Condition("recompute"), "abcde")
 
 
 # ------------------------------------------------------------------------ several seeds
@@ -292,7 +297,7 @@ def test_seeds_are_paired():
     rng = np.random.default_rng(0)
     running = 0.9 + 0.01 * rng.standard_normal(6)
     recomputed = running + 0.004 + 0.0005 * rng.standard_normal(6)
-    first, second = summarize_seeds({"running": running, "recomputed": recomputed}, "running")
+    first, second = summarize_seeds({RUNNING: running, RECOMPUTED: recomputed}, RUNNING)
     assert first.interval == pytest.approx(DescrStatsW(running).tconfint_mean())
     assert first.difference is None
     assert second.mean == pytest.approx(recomputed.mean())
@@ -302,8 +307,8 @@ def test_seeds_are_paired():
 
 
 def test_one_seed_has_no_interval_and_unequal_seeds_are_refused():
-    (only,) = summarize_seeds({"running": [0.9]}, "running")
+    (only,) = summarize_seeds({RUNNING: [0.9]}, RUNNING)
     assert only.interval is None
     assert only.standard_deviation is None
     with pytest.raises(UserError, match="same seeds"):
-        summarize_seeds({"running": [0.9, 0.8], "batch": [0.9]}, "running")
+        summarize_seeds({RUNNING: [0.9, 0.8], "batch": [0.9]}, RUNNING)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bnexp.config import Config, load_config
+from bnexp.config import Config, load_config, resolve
 from bnexp.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -105,13 +105,168 @@ def test_what_is_wrong_is_said_in_one_line(config_file, override, said):
 
 
 @pytest.mark.parametrize(
+    "override, key, value",
+    [
+        ("seed=010", "seed", 10),
+        ("seed=008", "seed", 8),
+        ("seed=1_000", "seed", 1000),
+        ("training.optimizer.lr=1e-2", "training.optimizer.lr", 0.01),
+        ("training.optimizer.lr=1", "training.optimizer.lr", 1.0),
+        ("training.optimizer.lr=.5", "training.optimizer.lr", 0.5),
+        ("data.augment.flip=yes", "data.augment.flip", True),
+        ("name=010", "name", "010"),
+        ("name=1e3", "name", "1e3"),
+        ("name=2024-01-01", "name", "2024-01-01"),
+        ("name=no", "name", "no"),
+        ("name=null", "name", "null"),
+        ("name='quoted'", "name", "quoted"),
+        ("device=cuda:1", "device", "cuda:1"),
+        ("model.name=#1: [x", "model.name", "#1: [x"),
+        ("data.root=/data/a #1", "data.root", Path("/data/a #1")),
+        ("data.root=/data/{a}: b", "data.root", Path("/data/{a}: b")),
+        ("data.root=/data/\udcff", "data.root", Path("/data/\udcff")),
+        ("data.root=", "data.root", None),
+        ("data.root=null", "data.root", None),
+        ("data.root=~", "data.root", Path.home()),
+        ("data.root='/data/#2'", "data.root", Path("/data/#2")),
+        ("statistics.recompute.memory=50%", "statistics.recompute.memory", "50%"),
+    ],
+)
+def test_an_override_means_what_was_typed(config_file, override, key, value):
+    found = load_config(config_file, [override])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", ["010", "1e3", "0x10", "2024-01-01", "1.50", "on", "y"])
+def test_texts_stay_what_they_are_in_files_too_and_when_written_and_read_again(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"{SMALL}\nstatistics: {{estimators: {{{text}: {{rule: cumulative}}}}}}")
+    config = load_config(path, [f"data.root=/{text}", f"model.name={text}"])
+    assert [*config.statistics.estimators, config.model.name] == [text, text]
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("training.steps=1e3", "training.steps is '1e3'; write 1000"),
+        ("training.steps=1.0e+3", "write 1000"),
+        ("training.steps='1e3'", "write 1000"),
+        ("training.batch_size=64.0", "write 64"),
+        ("training.steps=1:30", "'1:30'"),
+        ("training.steps=0x10", "'0x10'"),
+        ("training.steps=0o10", "'0o10'"),
+        ("training.steps=0b11", "'0b11'"),
+        ("training.steps=1.5", "integer"),
+        ("training.steps=no", "'no', which YAML reads as false"),
+        ("training.optimizer.lr=.inf", "finite"),
+        ("training.optimizer.lr=.nan", "finite"),
+        ("training.optimizer.lr=1e999", "finite"),
+        ("training.optimizer={name: adamw, betas: [no, 0.9]}", "betas.0 is 'no'"),
+        ("training.steps=!!int 5", "tag '!!int'"),
+        ("training.steps=*a", "*a has no anchor"),
+        ("training.steps=1\n--- 2", "second document"),
+        ("training.=5", "unknown key training."),
+        ("data.root=\0", "NUL"),
+        ("data.root='a\\0'", ""),
+    ],
+)
+def test_what_could_be_misread_is_refused(config_file, override, said):
+    if not said:
+        assert load_config(config_file, [override]).data.root.name == "a\\0"
+        return
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, [override])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_override_changes_the_one_place_it_names(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        f"{SMALL}\nstatistics: {{estimators: {{a: &e {{rule: ema, decay: 0.9}}, b: *e, c: *e}}}}"
+    )
+    found = load_config(path, ["statistics.estimators.b.decay=0.5"]).statistics.estimators
+    assert [found[name].decay for name in "abc"] == [0.9, 0.5, 0.9]
+
+
+def test_an_override_leaves_the_tree_it_is_given_alone():
+    tree = yaml.safe_load(SMALL)
+    assert resolve(tree, ["training.steps=11"], "test").training.steps == 11
+    assert tree == yaml.safe_load(SMALL)
+
+
+def test_overrides_name_estimators_that_have_dots(config_file):
+    overrides = [
+        "statistics.estimators.ema-0.5={rule: ema, decay: 0.5}",
+        "statistics.estimators.ema-0.5.debias=true",
+        "statistics.estimators.v1.2.rule=cumulative",
+    ]
+    found = load_config(config_file, overrides).statistics.estimators
+    assert list(found) == ["ema-0.5", "v1.2"]
+    assert (found["ema-0.5"].decay, found["ema-0.5"].debias) == (0.5, True)
+
+
+LONG = "x" * 60_000
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        ".".join(["a"] * 4000) + "=1",
+        f"{LONG}=1",
+        f"{LONG}",
+        f"name={LONG}",
+        f"device={LONG}",
+        f"training.steps={LONG}",
+        f"training.steps={'9' * 6000}",
+        f"training.optimizer.lr={'9' * 6000}",
+        f"training.steps=1{':59' * 3000}",
+        f"training.optimizer.name={LONG}",
+        f"training.optimizer={{{LONG}: 1}}",
+        f"training.optimizer=!{LONG} 1",
+        f"training.optimizer=*{LONG}",
+        f"test.statistics=[{'batch, ' * 3000}]",
+        f"training.optimizer={'[' * 30_000}{']' * 30_000}",
+        f"training.optimizer={'{a: ' * 30_000}",
+        f"training.optimizer={'- ' * 30_000}",
+        f"statistics.estimators={{{LONG}: {{rule: cumulative}}, ' ': {{rule: cumulative}}}}",
+        f"statistics.recompute.memory={'9' * 6000}GiB",
+        f"statistics.recompute.memory={LONG}",
+        f"statistics.recompute.memory={'9' * 60_000}x",
+    ],
+    ids=range(21),
+)
+def test_long_deep_and_entangled_input_ends_in_a_line_of_bounded_length(config_file, override):
+    if override.endswith("9GiB"):  # more than there is of anything, but an amount
+        load_config(config_file, [override])
+        return
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, [override])
+    assert len(str(caught.value)) < 1200 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
     "text, said",
     [
         ("data: {name: digits\nmodel: x", "line 2"),
         ("data: {name: digits}\ndata: {name: mnist}", "given twice"),
         ("- a list", "a mapping"),
         ("data: {name: digits}\nmodel: {name: mlp}", "training is missing"),
-        ("!!python/object/apply:os.system ['false']", "not valid YAML"),
+        (f"{SMALL}\nseed: !!bool z", "tag '!!bool'"),
+        (f"{SMALL}\nname: !!timestamp foo", "tag '!!timestamp'"),
+        (f"{SMALL}\nseed: 1\0", "not valid YAML"),
+        (f"{SMALL}\nname:\t- a\n\t- b", "not valid YAML"),
+        (f"{SMALL}\n? [a, b]\n: 1", "a key must be a word"),
+        ('name: "\\UFFFFFFFF"', "not valid YAML"),
+        (f"%YAML {'1' * 5000}.1\n---\n{SMALL}", "not valid YAML"),
+        (f"{SMALL}\nseed: &a [*a]", "*a has no anchor"),
+        (f"{SMALL}\n<<: 5", "<< takes a mapping"),
+        ("x: y\n" * 60_000, "are no config"),
+        ("- x\n" * 20_000, "are no config"),
+        ("!!python/object/apply:os.system ['false']", "tag '!!python"),
     ],
 )
 def test_bad_files_are_answered_in_one_line(tmp_path, text, said):
@@ -120,6 +275,48 @@ def test_bad_files_are_answered_in_one_line(tmp_path, text, said):
     with pytest.raises(UserError) as caught:
         load_config(path)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_answered_in_one_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(SMALL.encode("utf-16"))
+    with pytest.raises(UserError, match="no text in UTF-8: byte 0"):
+        load_config(path)
+    path.write_bytes(b"\xef\xbb\xbf" + SMALL.replace("\n", "\r\n").encode())
+    assert load_config(path).training.steps == 10
+    with pytest.raises(UserError, match="more than 262,144 bytes"):
+        load_config(Path("/dev/zero"))
+
+
+def test_an_alias_bomb_ends_in_one_line(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="more than 10,000 values are no config"):
+        load_config(path)
+
+
+def test_of_merged_mappings_the_earlier_wins_and_the_own_keys_before_all(tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        """
+data: {name: digits}
+model: {name: mlp}
+training: {steps: 20}
+statistics:
+  estimators:
+    fast: &fast {rule: ema, decay: 0.5}
+    slow: &slow {rule: ema, decay: 0.99, debias: true}
+    both: {<<: [*fast, *slow]}
+    other: {decay: 0.7, <<: *slow}
+    again: {<<: *slow, decay: 0.7}
+"""
+    )
+    found = load_config(path).statistics.estimators
+    assert (found["both"].decay, found["both"].debias) == (0.5, True)
+    assert found["other"] == found["again"]
+    assert (found["other"].decay, found["other"].debias) == (0.7, True)
 
 
 def test_a_missing_config_names_its_neighbour(config_file):

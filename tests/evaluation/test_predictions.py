@@ -12,7 +12,8 @@ from torch import nn
 
 from bnexp.errors import UserError
 from bnexp.evaluation import predictions as module
-from bnexp.evaluation.predictions import evaluate, layer_costs, predict
+from bnexp.evaluation.layer_costs import layer_costs
+from bnexp.evaluation.predictions import predict, predict_under
 from bnexp.statistics import Statistics, running_statistics
 
 
@@ -114,7 +115,7 @@ def test_training_flags_are_restored_after_an_exception():
         predict(model, failing())
     assert_same_state(before, state(model))
     with pytest.raises(OSError, match="disk gone"):
-        evaluate(model, failing, {"running": running_statistics(model), "batch": None})
+        predict_under(model, failing, {"running": running_statistics(model), "batch": None})
     assert_same_state(before, state(model))
 
 
@@ -153,7 +154,7 @@ def test_evaluate_agrees_with_a_plain_loop_under_each_kind(monkeypatch, block_by
         made.append(1)
         yield from batches
 
-    found = evaluate(model, make_batches, kinds)
+    found = predict_under(model, make_batches, kinds)
     assert list(found) == list(kinds)
     assert len(made) == 1
     for name in ("running", "a", "b"):
@@ -180,7 +181,7 @@ def test_a_short_last_mini_batch_is_normalized_among_the_samples_before_it(
 ):
     monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
     model, batches = model_and_batches(sizes=(16, 16, last))
-    found = evaluate(model, lambda: batches, {"batch": None})["batch"]
+    found = predict_under(model, lambda: batches, {"batch": None})["batch"]
     assert len(found) == 32 + last
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
     first, _ = batch_statistics_by_hand(model, batches[:2])
@@ -195,11 +196,11 @@ def test_layer_costs_exchange_one_layer_at_a_time():
     other.var["4"].mul_(4)
     reference, labels = by_hand(model, batches)
     costs = layer_costs(model, lambda: batches, running, other)
-    assert [cost.name for cost in costs] == ["1", "4"]
+    assert list(costs) == ["1", "4"]
     changed = 0
-    for cost in costs:
+    for name, cost in costs.items():
         mixed = Statistics(dict(running.mean), dict(running.var), dict(running.count))
-        mixed.mean[cost.name], mixed.var[cost.name] = other.mean[cost.name], other.var[cost.name]
+        mixed.mean[name], mixed.var[name] = other.mean[name], other.var[name]
         logits, _ = by_hand(with_buffers(model, mixed), batches)
         right, base_right = logits.argmax(1) == labels, reference.argmax(1) == labels
         expected = (right.double().mean() - base_right.double().mean()).item()

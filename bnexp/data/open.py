@@ -1,0 +1,216 @@
+"""Opening the user's data: a folder of images, or a Dataset or DataLoader of their own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from bnexp.data.folder import SUFFIXES
+from bnexp.data.sampling import generator
+from bnexp.errors import UserError
+from bnexp.importing import call, import_object, is_object_name
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image of a folder becomes a tensor: shorter side to `resize` pixels (bilinear), the
+    middle square of `crop` pixels, values from 0 to 1, then `(x - mean) / std` per channel."""
+
+    resize: int | None = None
+    crop: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+    def transform(self) -> Transform:
+        from torchvision.transforms import v2
+
+        channels = len(self.mean) if self.mean is not None else 3
+        steps: list[Any] = [v2.Grayscale()] if channels == 1 else [v2.RGB()]
+        if self.resize is not None:
+            steps.append(v2.Resize(self.resize, antialias=True))
+        if self.crop is not None:
+            steps.append(v2.CenterCrop(self.crop))
+        steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+        if self.mean is not None and self.std is not None:
+            steps.append(v2.Normalize(list(self.mean), list(self.std)))
+        return v2.Compose(steps)
+
+    @property
+    def empty(self) -> bool:
+        return self == Preparation()
+
+
+def transform_of(name: str) -> tuple[Transform, str]:
+    """The transform that a library's weights of this name ask for, and what it does, in words.
+
+    `torchvision/NAME` or `torchvision/NAME.WEIGHTS`, and `timm/NAME`. Nothing is downloaded.
+    """
+    library, _, model = name.partition("/")
+    if library == "torchvision" and model:
+        from torchvision import models
+
+        model, _, weights = model.partition(".")
+        try:
+            entry = models.get_model_weights(model)[weights or "DEFAULT"]
+        except (ValueError, KeyError):
+            raise UserError(f"torchvision has no weights {name!r} to prepare images for") from None
+        return entry.transforms(), f"as for torchvision's {model} weights {entry.name}"
+    if library == "timm" and model:
+        try:
+            from timm.data import create_transform, resolve_data_config
+            from timm.models import get_pretrained_cfg
+        except ModuleNotFoundError:
+            raise UserError(f"{name} needs timm: pip install timm") from None
+        found = get_pretrained_cfg(model)
+        if found is None:
+            raise UserError(f"timm has no model {model!r} to prepare images for")
+        return (
+            create_transform(**resolve_data_config({}, pretrained_cfg=found.to_dict())),
+            f"as timm's data config of {model} says",
+        )
+    raise UserError(f"{name!r}: images are prepared as for torchvision/NAME or timm/NAME")
+
+
+class ImageFolder(Dataset):
+    """`root/<class>/...` (labels are the classes' places in `classes`), or, with `classes=None`,
+    all images below `root`, whose labels are -1. (image, label), in a fixed, mixed order."""
+
+    def __init__(self, root: Path, classes: tuple[str, ...] | None, transform: Transform) -> None:
+        labels = {root: -1}
+        if classes is not None:
+            names = _class_folders(root)
+            if unknown := sorted(set(names) - set(classes)):
+                raise UserError(f"{root / unknown[0]} is a class that the others don't have")
+            labels = {root / name: classes.index(name) for name in names}
+        found = [
+            (path, label)
+            for folder, label in labels.items()
+            for path in sorted(folder.rglob("*"))
+            if _is_image(path)
+        ]
+        if not found:
+            raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))})")
+        order = generator(0, "folder order").permutation(len(found))
+        self.items = [found[i] for i in order]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.items[index]
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return self.transform(image), label
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(
+                f"{path} is no readable image ({error}); replace or remove it"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Batches that can be gone through again and again, and the classes where folders say them."""
+
+    batches: Iterable
+    classes: tuple[str, ...] | None
+    description: str
+
+
+def classes_of(source: str) -> tuple[str, ...] | None:
+    """The class names if `source` is a folder with a folder per class, else None."""
+    root = Path(source).expanduser()
+    if is_object_name(source) or not root.is_dir():
+        return None
+    return tuple(_class_folders(root)) or None
+
+
+def open_batches(
+    source: str,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
+    classes: tuple[str, ...] | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> Opened:
+    """The batches that `source` stands for.
+
+    A folder of images, which `transform` (one is needed) makes tensors of; or
+    `package.module:object`, a `Dataset`, a `DataLoader` or another iterable of batches, or a
+    callable that gives one, called with `arguments`. A `DataLoader` is used as it is; of a
+    `Dataset` batches of `batch_size` are made, in an order mixed once and for all. `classes` are
+    the labels' names for a folder; None: its images have no labels.
+
+    Raises UserError for what is none of these, and for iterators, which end after one pass.
+    """
+    if is_object_name(source):
+        return _own(source, dict(arguments or {}), batch_size, workers)
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"there is no folder {source}; data are a folder of images or package.module:callable"
+        )
+    if transform is None:
+        raise UserError(
+            f"{source}: say how its images are prepared: data.transforms=torchvision/resnet18, or "
+            "data.resize, data.crop, data.mean and data.std"
+        )
+    images = ImageFolder(root, classes, transform)
+    return Opened(
+        DataLoader(images, batch_size=batch_size, num_workers=workers),
+        classes,
+        f"{len(images)} images in {source}",
+    )
+
+
+def _own(source: str, arguments: dict[str, Any], batch_size: int, workers: int) -> Opened:
+    found = import_object(source)
+    if callable(found) and not isinstance(found, Dataset | DataLoader):
+        found = call(source, found, arguments)
+    elif arguments:
+        raise UserError(f"{source} is no callable: arguments have nothing to go to")
+    if isinstance(found, Dataset) and hasattr(found, "__len__"):
+        order = generator(0, "audit order").permutation(len(found))  # type: ignore[arg-type]
+        named = getattr(found, "classes", None)
+        mixed: Dataset = Subset(found, order.tolist())  # type: ignore[arg-type]
+        return Opened(
+            DataLoader(mixed, batch_size=batch_size, num_workers=workers),
+            tuple(map(str, named)) if isinstance(named, list | tuple) else None,
+            f"{len(order)} samples of {source}",
+        )
+    if not isinstance(found, Iterable):
+        raise UserError(
+            f"{source} gave a {type(found).__name__}: a Dataset, a DataLoader or another iterable "
+            "of batches is needed"
+        )
+    if iter(found) is found:
+        raise UserError(
+            f"{source} gave an iterator, which ends after one pass and is needed several times: "
+            "return a DataLoader, a Dataset or a list of batches"
+        )
+    dataset = getattr(found, "dataset", None)
+    named = getattr(dataset, "classes", None)
+    return Opened(
+        found,
+        tuple(map(str, named)) if isinstance(named, list | tuple) else None,
+        f"the batches of {source}",
+    )
+
+
+def _class_folders(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()

@@ -1,0 +1,37 @@
+"""What exchanging the statistics of one BN layer alone does to the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from bnexp.analysis.layers import LayerCost, layer_cost
+from bnexp.evaluation.predictions import predict_under
+from bnexp.evaluation.subject import Batches
+from bnexp.statistics import Statistics
+
+
+def layer_costs(
+    model: nn.Module,
+    make_batches: Callable[[], Batches],
+    baseline: Statistics,
+    other: Statistics,
+) -> dict[str, LayerCost]:
+    """Swap one layer's statistics of `baseline` for `other`'s at a time: a pass per layer, and one.
+
+    By name, in the layers' order. The differences need not add up to that of exchanging all layers
+    at once: each layer's statistics in `other` were made for inputs that the layers below had
+    normalized with theirs. Limit `make_batches` to some thousand samples where passes are dear.
+    """
+    kinds: dict[str, Statistics | None] = {"": baseline}
+    for name in baseline.mean:
+        kinds[name] = replace(
+            baseline,
+            mean={**baseline.mean, name: other.mean[name]},
+            var={**baseline.var, name: other.var[name]},
+        )
+    predictions = predict_under(model, make_batches, kinds)
+    reference = predictions.pop("")
+    return {name: layer_cost(reference, swapped) for name, swapped in predictions.items()}

@@ -1,0 +1,196 @@
+"""Weights in whatever shape people save them: found, loaded, and written again."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from bnexp.errors import UserError
+from bnexp.networks.weights import (
+    load_weights,
+    match,
+    number_of_classes,
+    read_checkpoint,
+    write_mended,
+)
+from bnexp.statistics import Statistics, running_statistics
+
+
+class Net(nn.Module):
+    def __init__(self, classes=3):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.head = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, classes))
+
+    def forward(self, x):
+        return self.head(self.bn(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(1)
+    model = Net()
+    model(torch.randn(8, 3, 6, 6))
+    return model.eval()
+
+
+def renamed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def lightning(state):
+    return {"state_dict": renamed(state, "model.") | {"loss.weight": torch.ones(3)}, "epoch": 3}
+
+
+SHAPES = {
+    "bare": lambda s, net: s,
+    "state_dict": lambda s, net: {"epoch": torch.tensor(3), "state_dict": s},
+    "model": lambda s, net: {"model": s, "optimizer": {"state": {0: {"m": torch.ones(4)}}}},
+    "nested": lambda s, net: {"checkpoint": {"net": s, "step": 3}},
+    "DataParallel": lambda s, net: {"state_dict": nn.DataParallel(net).state_dict()},
+    "compiled": lambda s, net: renamed(s, "_orig_mod."),
+    "compiled under DDP": lambda s, net: renamed(s, "module._orig_mod."),
+    "compiled inside": lambda s, net: {
+        n.replace("head.", "head._orig_mod."): v for n, v in s.items()
+    },
+    "Lightning": lambda s, net: lightning(s),
+    "AveragedModel": lambda s, net: AveragedModel(net).state_dict(),
+    "namespace": lambda s, net: {
+        "args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "state_dict": s
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whatever_people_save_is_loaded_and_mended(net, tmp_path, shape):
+    path, out = tmp_path / "her.ckpt", tmp_path / "mended.ckpt"
+    content = SHAPES[shape](net.state_dict(), net)
+    torch.save(content, path)
+    fresh = Net()
+    checkpoint = read_checkpoint(path)
+    found = match(checkpoint, fresh)
+    load_weights(checkpoint, fresh, found)
+    for name, value in net.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+    other = running_statistics(net)
+    other = Statistics(
+        {n: m.double() + 1 for n, m in other.mean.items()},
+        {n: 2 * v.double() for n, v in other.var.items()},
+        other.count,
+    )
+    before = path.read_bytes()
+    write_mended(checkpoint, found, other, out)
+    assert path.read_bytes() == before
+    mended = torch.load(out, weights_only=False)
+    written = Net()
+    load_weights(read_checkpoint(out), written, match(read_checkpoint(out), written))
+    expected = {**net.state_dict()}
+    for layer in other.names:
+        expected[f"{layer}.running_mean"] = other.mean[layer].float()
+        expected[f"{layer}.running_var"] = other.var[layer].float()
+    for name, value in expected.items():
+        assert torch.equal(written.state_dict()[name], value), name
+    assert_same_but_buffers(torch.load(path, weights_only=False), mended)
+    with pytest.raises(UserError, match="exists"):
+        write_mended(checkpoint, found, other, out)
+
+
+def assert_same_but_buffers(a, b, name=""):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        assert getattr(a, "_metadata", None) == getattr(b, "_metadata", None)
+        for key in a:
+            assert_same_but_buffers(a[key], b[key], str(key))
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.equal(a, b) != name.endswith(("running_mean", "running_var"))
+    else:
+        assert a == b
+
+
+def test_safetensors_keep_their_metadata(net, tmp_path):
+    path, out = tmp_path / "her.safetensors", tmp_path / "mended.safetensors"
+    save_file(net.half().state_dict(), path, metadata={"format": "pt", "note": "hers"})
+    fresh = Net().half()
+    checkpoint = read_checkpoint(path)
+    found = match(checkpoint, fresh)
+    load_weights(checkpoint, fresh, found)
+    assert torch.equal(fresh.conv.weight, net.conv.weight)
+    write_mended(checkpoint, found, running_statistics(net), out)
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "hers"}
+        assert file.get_tensor("bn.running_var").dtype == torch.float16
+
+
+def test_the_trained_weights_are_taken_before_averages_and_key_decides(net, tmp_path):
+    path = tmp_path / "timm.pth.tar"
+    ema = {n: v + 1 if v.is_floating_point() else v for n, v in net.state_dict().items()}
+    torch.save({"state_dict_ema": ema, "state_dict": net.state_dict(), "arch": "net"}, path)
+    checkpoint, fresh = read_checkpoint(path), Net()
+    found = match(checkpoint, fresh)
+    assert found.key == "state_dict" and found.others == ("state_dict_ema",)
+    assert "'state_dict'" in str(found) and "state_dict_ema" in str(found)
+    load_weights(checkpoint, fresh, match(checkpoint, fresh, "state_dict_ema"))
+    assert torch.equal(fresh.conv.weight, ema["conv.weight"])
+    with pytest.raises(UserError, match="no tensors under 'ema'; there: 'state_dict_ema', "):
+        match(checkpoint, fresh, "ema")
+
+
+def test_the_mapping_that_fits_is_taken_whatever_it_is_called(net, tmp_path):
+    torch.save({"model": nn.Linear(2, 2).state_dict(), "gen": net.state_dict()}, tmp_path / "x.pt")
+    assert match(read_checkpoint(tmp_path / "x.pt"), Net()).key == "gen"
+
+
+def test_missing_unexpected_and_misshapen_names_are_listed(net, tmp_path):
+    path = tmp_path / "x.pt"
+    state = net.state_dict()
+    state["extra.weight"] = state.pop("conv.weight")
+    torch.save(state, path)
+    checkpoint, model = read_checkpoint(path), Net()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"lack conv.weight; the file has extra.weight"):
+        load_weights(checkpoint, model, match(checkpoint, model))
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+    torch.save(net.state_dict(), path)
+    model = Net(classes=7)
+    checkpoint = read_checkpoint(path)
+    found = match(checkpoint, model)
+    assert number_of_classes(found) == 3
+    with pytest.raises(UserError, match=r"head.2.weight \(3, 5\) for \(7, 5\), head.2.bias"):
+        load_weights(checkpoint, model, found)
+
+
+def test_buffers_that_the_file_lacks_are_named_and_can_be_written(net, tmp_path):
+    path, out = tmp_path / "x.pt", tmp_path / "out.pt"
+    bare = {n: v for n, v in nn.DataParallel(net).state_dict().items() if "running" not in n}
+    torch.save(bare, path)
+    checkpoint, model = read_checkpoint(path), Net()
+    found = match(checkpoint, model)
+    assert found.missing == () and found.missing_buffers == ("bn", "head.1")
+    load_weights(checkpoint, model, found)
+    write_mended(checkpoint, found, running_statistics(net), out)
+    written = torch.load(out)
+    assert torch.equal(written["module.head.1.running_var"], net.head[1].running_var)
+
+
+def test_files_that_need_code_are_refused_with_what_to_do(net, tmp_path):
+    torch.save(net, tmp_path / "whole.pt")
+    with pytest.raises(UserError, match=r"hold more than tensors \(.*Net\).*state_dict") as caught:
+        read_checkpoint(tmp_path / "whole.pt")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "x.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="can't be read"):
+        read_checkpoint(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="no file"):
+        read_checkpoint(tmp_path / "y.pt")
+    torch.save({"lr": 0.1}, tmp_path / "z.pt")
+    with pytest.raises(UserError, match="no mapping of names to tensors"):
+        match(read_checkpoint(tmp_path / "z.pt"), net)
