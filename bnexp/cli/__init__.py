@@ -18,7 +18,7 @@ MESSAGE = 2000
 app = typer.Typer(
     help="Train CNNs with batch normalization and measure what its moving averages are worth.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -29,6 +29,8 @@ app.command()(commands.report)
 app.command()(commands.runs)
 app.command()(commands.compare)
 app.command()(commands.config)
+app.command()(commands.init)
+app.command()(commands.models)
 
 
 @app.callback(invoke_without_command=True)

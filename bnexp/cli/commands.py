@@ -120,3 +120,24 @@ def config(
     from bnexp.cli.config import run_config
 
     run_config(path, overrides or [], schema)
+
+
+def init(
+    name: Annotated[
+        str | None, typer.Argument(help="A shipped config; without it, they are listed.")
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to; NAME.yaml if left out.")
+    ] = None,
+) -> None:
+    """Write a commented config to start from."""
+    from bnexp.cli.lists import run_init
+
+    run_init(name, path)
+
+
+def models(as_json: Json = False) -> None:
+    """List the networks a config can name."""
+    from bnexp.cli.lists import run_models
+
+    run_models(as_json)
