@@ -28,7 +28,7 @@ from bnexp.config import resolve
 from bnexp.evaluation.predictions import evaluate
 from bnexp.nn.folding import folded
 from bnexp.performance import keep_freed_memory
-from bnexp.training.session import Session
+from bnexp.training.build import build_training
 
 KINDS = ("running", "one", "two", "three", "four")
 CONFIG = {
@@ -46,9 +46,9 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def compare_kinds(rounds: int) -> None:
-    session = Session(resolve(CONFIG, [], "benchmark"), torch.device("cpu"))
-    model, test, kinds = session.model.eval(), session.data.test, session.estimates()
-    size = session.config.test.batch_size
+    training = build_training(resolve(CONFIG, [], "benchmark"), torch.device("cpu"))
+    model, test = training.state.model.eval(), training.data.test
+    kinds, size = training.state.estimates(), training.config.test.batch_size
 
     def bare_passes() -> None:
         for _ in kinds:
@@ -60,7 +60,7 @@ def compare_kinds(rounds: int) -> None:
 
     def comparison() -> None:
         found = evaluate(model, lambda: test.batches(size), kinds, fold=True)
-        compare(found, "running", session.data.info.classes)
+        compare(found, "running", training.data.info.classes)
 
     ratios = []
     for i in range(rounds + 1):

@@ -50,3 +50,11 @@ def allow_tf32(allowed: bool) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def prepare_process(allocator: bool, tf32: bool) -> None:
+    """What a process that trains alone sets, as the config's `performance` says. Call it before
+    the first large allocation."""
+    if allocator:
+        keep_freed_memory()
+    allow_tf32(tf32)

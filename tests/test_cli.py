@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, needs_fashion_mnist, run_of
 
+from bnexp.config import load_config
 from bnexp.records import Run
 
 QUICK = """
@@ -99,10 +100,10 @@ def test_whole_train_accuracy_is_that_of_the_checkpoint(bnexp, quick):
     _, run = trained(bnexp, quick)
     from bnexp.data import load_data
     from bnexp.networks import build_model
+    from bnexp.training.build import data_settings
     from bnexp.training.checkpoints import newest_checkpoint
-    from bnexp.training.session import data_settings
 
-    config = run.load_config()
+    config = load_config(run.path / "config.yaml")
     data = load_data(data_settings(config.data), seed=config.seed, device="cpu")
     info = data.info
     model = build_model(
@@ -243,7 +244,7 @@ def test_checkpoints_that_are_damaged_foreign_or_malicious(bnexp, quick):
     checkpoint.write_bytes(whole)
     text = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(text.replace("name: small-cnn", "name: mlp"))
-    assert "another model than mlp" in error_line(bnexp("eval"))
+    assert "belongs to another model" in error_line(bnexp("eval"))
 
 
 def test_the_verdict_names_the_method_that_was_asked_for(bnexp, quick):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from bnexp.condition import made_by
 from bnexp.config import Config, resolve
@@ -11,6 +12,9 @@ from bnexp.config.schema import RECOMPUTE_METHODS
 from bnexp.errors import UserError
 from bnexp.performance import allow_tf32, keep_freed_memory
 from bnexp.records import Run, find_run, newest_finished_run
+
+if TYPE_CHECKING:
+    from bnexp.training.trained import Trained
 
 WEIGHTS = ("last", "best", "ema", "swa")
 
@@ -38,22 +42,23 @@ def run_eval(
         keep_freed_memory()
 
     from bnexp.device import describe_device, resolve_device
-    from bnexp.training.session import Session
+    from bnexp.training.trained import load_trained
 
     allow_tf32(config.performance.tf32)
     resolved = resolve_device(device or config.device)
-    session = Session(config, resolved)
-    weights = weights or found.state.get("weights", "last")
-    model = _load(found, session, weights)
+    weights = weights or found.state["weights"]
+    trained = load_trained(found.path, config, resolved, weights)
+    for line in trained.passed_over:
+        print(f"bnexp: {line}", file=sys.stderr)
     if not as_json:
         print(
-            f"{found.path}: {config.model.name} after {session.step:,} steps, {weights} weights, "
+            f"{found.path}: {config.model.name} after {trained.step:,} steps, {weights} weights, "
             f"on {describe_device(resolved)}",
             file=sys.stderr,
         )
-    comparison = _compare(session, model, weights, recompute_stats, methods, batch, not as_json)
+    comparison = _compare(trained, recompute_stats, methods, batch, not as_json)
     if as_json:
-        head = {"run": str(found.path), "step": session.step, "weights": weights}
+        head = {"run": str(found.path), "step": trained.step, "weights": weights}
         print(json.dumps({**head, **comparison.to_dict()}, indent=2, allow_nan=False))
     else:
         from bnexp.cli.tables import print_comparison
@@ -68,46 +73,21 @@ def _with(run: Run, method: str | None, samples: int | None) -> Config:
     return resolve(run.config, overrides, f"{run.path}/config.yaml")
 
 
-def _load(run, session, weights: str):
-    """The model to evaluate, with the run's estimates in the session."""
-    from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint
-
-    if weights == "best":
-        state, passed_over = load_checkpoint(run.checkpoints / "best.pt"), []
-    else:
-        state, passed_over = newest_checkpoint(run.checkpoints)
-    if state is None:
-        raise UserError(f"{run.path} has no checkpoint yet; go on: bnexp train --resume {run.path}")
-    for line in passed_over:
-        print(f"bnexp: {line}", file=sys.stderr)
-    session.load_weights(state)
-    session.step = state["step"]
-    if weights in ("last", "best"):
-        return session.model
-    if weights not in session.averages:
-        raise UserError(
-            f"{run.path} has no {weights} weights: training.averages.{weights} was not set"
-        )
-    session.averages[weights].load_state_dict(state["averages"][weights])
-    if not session.averages[weights].count:
-        raise UserError(f"{run.path} has not averaged any {weights} weights yet")
-    return session.averaged_model(weights)
-
-
-def _compare(session, model, weights, recompute_stats, methods, batch, show_progress):
+def _compare(trained: Trained, recompute: bool, methods: list, batch: bool, show_progress: bool):
     from bnexp.evaluation.evaluate import compare_evaluation, evaluate
+    from bnexp.training.build import autocast
     from bnexp.training.subject import run_sources, run_subject
 
-    config = session.config
-    subject = run_subject(model, session.data, config)
-    with session.autocast():
+    config = trained.config
+    subject = run_subject(trained.model, trained.data, config)
+    with autocast(config, trained.device):
         sources = run_sources(
             subject,
-            session.estimates(),
+            trained.estimates,
             config,
-            recompute=recompute_stats,
+            recompute=recompute,
             batch=batch,
-            weights="trained" if weights == "last" else weights,
+            weights=trained.weights,
             methods=methods,
             progress=show_progress and sys.stderr.isatty(),
         )

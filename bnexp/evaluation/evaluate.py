@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
 
 from bnexp.analysis.comparison import Comparison, compare
 from bnexp.analysis.layers import LayerRow
@@ -15,7 +14,8 @@ from bnexp.condition import Condition, Weights
 from bnexp.evaluation.layer_costs import layer_costs
 from bnexp.evaluation.predictions import predict_under
 from bnexp.evaluation.subject import Method, Subject
-from bnexp.statistics import Statistics, batchnorm_layers, layer_drift, recompute_statistics
+from bnexp.nn.find import batchnorm_layers, layer_eps
+from bnexp.statistics import Statistics, layer_drift, recompute_statistics
 from bnexp.statistics.progress import Progress
 
 # Known already, to be computed when it is their turn, or None: every mini-batch's own.
@@ -109,29 +109,33 @@ def compare_evaluation(
     made: Mapping[str, str],
     *,
     layer_cost_samples: int = 2000,
+    layer_cost_layers: int = 20,
 ) -> Comparison:
     """The paired comparison with the first condition as baseline, and how single layers differ.
 
     Every other statistics of the baseline's weights, which `subject.model` has, get their drift by
-    layer; the recomputed ones also what exchanging one layer's statistics alone does on so many
-    test samples. `made` as in `bnexp.condition.label`.
+    layer. For recomputed ones also: what mending one layer alone does, and what spoiling one layer
+    alone does where all others are mended, on `layer_cost_samples` test samples. That takes two
+    passes over these per layer, and is done for the `layer_cost_layers` layers that are furthest
+    off. `made` as in `bnexp.condition.label`.
     """
     baseline, *others = evaluation.predictions
     reference = evaluation.statistics[baseline]
-    eps: dict[str, Any] = {
-        name: layer.eps for name, layer in batchnorm_layers(subject.model).items()
-    }
+    eps = layer_eps(subject.model)
     layers: dict[Condition, list[LayerRow]] = {}
     for condition in others:
         statistics = evaluation.statistics[condition]
         if reference is None or statistics is None or condition.weights != baseline.weights:
             continue
-        mended = {}
+        drift = layer_drift(reference, statistics, eps)
+        mended, spoiled = {}, {}
         if condition.is_recomputed:
+            tried = [row.name for row in drift[:layer_cost_layers]]
             test = partial(subject.test, layer_cost_samples)
-            mended = layer_costs(subject.model, test, reference, statistics)
+            mended = layer_costs(subject.model, test, reference, statistics, tried)
+            spoiled = layer_costs(subject.model, test, statistics, reference, tried)
         layers[condition] = [
-            LayerRow(**asdict(row), mended=mended.get(row.name))
-            for row in layer_drift(reference, statistics, eps)
+            LayerRow(**asdict(row), mended=mended.get(row.name), spoiled=spoiled.get(row.name))
+            for row in drift
         ]
     return compare(evaluation.predictions, baseline, subject.classes, made=made, layers=layers)

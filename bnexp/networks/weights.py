@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
-from bnexp.nn.layers import batchnorm_layers
+from bnexp.nn.find import batchnorm_layers
 from bnexp.statistics.statistics import Statistics
 
 # Where several mappings fit a model equally well, the first of these is taken: the weights that

@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules import module as torch_module
+
+from bnexp.torch_internals import BatchNormBase
+from bnexp.torch_internals import version as version_of
 
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Inference mode for all modules of `model`, without gradients.
 
-    On exit, also after an exception, every module's training flag, the buffers that forward passes
-    changed (BN layers' own are left to whoever exchanges them) and the states of the random
-    generators (torch's, numpy's, Python's) are as before. Flags are set directly: a module whose
-    `train()` does more than that doesn't see it called.
+    On exit, also after an exception, what the modules hold (`ModelState`, training flags among it)
+    and the states of the random generators are as before. Training flags are set directly: a
+    module whose `train()` does more than that doesn't see it called.
     """
-    training = {module: module.training for module in model.modules()}
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type != "cpu"}
     with contextlib.ExitStack() as stack:
-        for kind in sorted({d.type for d in devices} & {"cuda", "xpu"}):
-            indices = [d.index or 0 for d in devices if d.type == kind]
-            stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
-        stack.enter_context(torch.random.fork_rng([]))
-        stack.callback(random.setstate, random.getstate())
-        if (numpy_random := sys.modules.get("numpy.random")) is not None:
-            stack.callback(numpy_random.set_state, numpy_random.get_state())
+        stack.enter_context(random_states_kept(model))
         # The fused encoder layer takes any norm1 and norm2 for LayerNorm.
         stack.callback(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(_set_training, training)
-        _set_training(dict.fromkeys(training, False))
-        stack.callback(_restore_buffers, _buffers(model))
+        stack.callback(ModelState(model).restore)
+        for module in model.modules():
+            module.training = False
         stack.enter_context(torch.no_grad())
         yield
 
@@ -50,34 +47,137 @@ def eagerly() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _set_training(flags: dict[nn.Module, bool]) -> None:
-    for module, flag in flags.items():
-        module.training = flag
+@contextlib.contextmanager
+def random_states_kept(model: nn.Module) -> Iterator[None]:
+    """The random generators of torch (on the model's devices too), numpy and Python."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type != "cpu"}
+    with contextlib.ExitStack() as stack:
+        for kind in sorted({d.type for d in devices} & {"cuda", "xpu"}):
+            indices = [d.index or 0 for d in devices if d.type == kind]
+            stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
+        stack.enter_context(torch.random.fork_rng([]))
+        stack.callback(random.setstate, random.getstate())
+        if (numpy_random := sys.modules.get("numpy.random")) is not None:
+            stack.callback(numpy_random.set_state, numpy_random.get_state())
+        yield
 
 
-_Buffers = list[tuple[nn.Module, dict[str, Tensor | None], list[tuple[Tensor, int, Tensor]]]]
+# What every module has: training flag, parameters, buffers, submodules, hooks.
+_OF_ALL_MODULES = vars(nn.Module()).keys()
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def _buffers(model: nn.Module) -> _Buffers:
-    """The buffers of each module but BN layers, with copies of their values."""
-    return [
-        (
-            module,
-            dict(module._buffers),
-            [
-                (buffer, buffer._version, buffer.clone())
-                for buffer in module._buffers.values()
-                if buffer is not None and not buffer.is_inference()
-            ],
-        )
-        for module in model.modules()
-        if module._buffers and not isinstance(module, _BatchNorm)
-    ]
+class ModelState:
+    """What the modules of a model hold: their attributes, and what is in dicts, lists and sets
+    among these (parameters, buffers, submodules, hooks); of buffers the values, too.
+
+    Not the values of parameters, and not what other objects hold. Of BN layers, whose statistics
+    belong to whoever exchanges them, only what all modules have, without buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: dict[int, _Held] = {}
+        self._tensors: list[tuple[str, Tensor, int, Tensor | None]] = []
+        for name, hooks in vars(torch_module).items():
+            if name.startswith("_global_"):
+                self._hold(hooks, f"{name!r} of torch.nn")
+        for name, module in model.named_modules():
+            of = f"{type(module).__name__} {name!r}" if name else "the model"
+            attributes = vars(module)
+            keys = [*attributes]
+            if isinstance(module, BatchNormBase):
+                keys = [key for key in keys if key in _OF_ALL_MODULES and key != "_buffers"]
+            self._held[id(attributes)] = _Held(attributes, f"of {of}", keys)
+            for key in keys:
+                self._hold(attributes[key], f"in {key!r} of {of}")
+            for key, tensor in module._parameters.items():
+                self._watch(tensor, f"values of {key!r} of {of}", copy=False)
+            for key, tensor in module._buffers.items() if "_buffers" in keys else ():
+                self._watch(tensor, f"values of {key!r} of {of}", copy=True)
+
+    def _hold(self, value: Any, where: str, depth: int = 2) -> None:
+        """`value` and the containers inside it, if it is a container."""
+        if type(value) not in _CONTAINERS or id(value) in self._held:
+            return
+        self._held[id(value)] = _Held(value, where)
+        for item in (value.values() if isinstance(value, dict) else value) if depth else ():
+            self._hold(item, where, depth - 1)
+
+    def _watch(self, tensor: Tensor | None, where: str, copy: bool) -> None:
+        if tensor is not None and not tensor.is_inference():
+            value = tensor.clone() if copy else None
+            self._tensors.append((where, tensor, version_of(tensor), value))
+
+    def change(self) -> str | None:
+        """The first difference found from the time this was made; None where there is none."""
+        for held in self._held.values():
+            if (key := held.difference()) is not None:
+                return f"{key} {held.where}"
+        for where, tensor, version, _ in self._tensors:
+            if version_of(tensor) != version:
+                return where
+        return None
+
+    def restore(self) -> None:
+        for held in self._held.values():
+            held.restore()
+        for _, tensor, version, value in self._tensors:
+            if value is not None and version_of(tensor) != version:
+                tensor.copy_(value)
 
 
-def _restore_buffers(saved: _Buffers) -> None:
-    for module, buffers, values in saved:
-        module._buffers.update(buffers)
-        for buffer, version, value in values:
-            if buffer._version != version:
-                buffer.copy_(value)
+class _Held:
+    """A dict, list or set and what was in it; of a dict, only `keys` where they are given."""
+
+    def __init__(self, container: Any, where: str, keys: list | None = None) -> None:
+        self.where = where
+        self._now = container
+        self._then = container.copy() if keys is None else {key: container[key] for key in keys}
+        self._whole = keys is None
+
+    def _untouched(self) -> bool:
+        now, then = self._now, self._then
+        if isinstance(then, set):
+            return now == then
+        if self._whole and len(now) != len(then):
+            return False
+        if isinstance(then, list):
+            return all(map(operator.is_, now, then))
+        return all(map(operator.is_, map(now.get, then), then.values()))
+
+    def difference(self) -> str | None:
+        """What differs: a key of a dict, "items" of a list or set."""
+        if self._untouched():
+            return None
+        now, then = self._now, self._then
+        if isinstance(then, dict):
+            for key in {**then, **now} if self._whole else then:
+                if key not in now or key not in then or not _same(now[key], then[key]):
+                    return repr(key)
+            return None
+        if isinstance(then, list) and len(now) == len(then) and all(map(_same, now, then)):
+            return None
+        return "items"
+
+    def restore(self) -> None:
+        if self._untouched():
+            return
+        if isinstance(self._then, list):
+            self._now[:] = self._then
+            return
+        if self._whole:
+            self._now.clear()
+        self._now.update(self._then)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are one object, or equal plain values or tensors (no parameters)."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if type(a) is Tensor:
+        alike = (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout)
+        return alike and torch.equal(a, b)
+    if type(a) is tuple:
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) in _PLAIN and a == b

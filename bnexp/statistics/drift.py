@@ -37,23 +37,29 @@ class LayerDrift:
         return max(self.mean_drift, self.log_var_drift / 2)
 
 
-def layer_drift(
-    a: Statistics, b: Statistics, eps: float | Mapping[str, float] = 1e-5
-) -> list[LayerDrift]:
+def layer_drift(a: Statistics, b: Statistics, eps: float | Mapping[str, float]) -> list[LayerDrift]:
     """Distance of `a` from `b` for each layer both have, by `LayerDrift.drift`, furthest first.
 
-    eps: the layers', by name or one for all, so that channels which BN treats as constant do
-    not dominate. Computed in float64 on the CPU; mutates nothing. Raises UserError if
-    no layer is in both, if a layer's number of channels differs, or if eps is not positive.
+    eps: the layers' own, so that channels which BN treats as constant do not dominate: by layer
+    name (`bnexp.nn.find.layer_eps(model)`), or one for all. Computed in float64 on the CPU;
+    mutates nothing. Raises UserError if no layer is in both, if a layer's number of channels
+    differs, or if its eps is missing or not positive.
     """
     shared = [name for name in a.names if name in b.mean]
     if not shared:
         raise UserError("the two statistics have no layer in common")
-    by_name = eps if isinstance(eps, Mapping) else dict.fromkeys(shared, eps)
-    if wrong := [by_name[name] for name in shared if not by_name[name] > 0]:
-        raise UserError(f"eps={wrong[0]!r} must be positive")
-    drifts = [_one_layer(name, a, b, by_name[name]) for name in shared]
+    drifts = [_one_layer(name, a, b, _eps_of(name, eps)) for name in shared]
     return sorted(drifts, key=lambda layer: layer.drift, reverse=True)
+
+
+def _eps_of(name: str, eps: float | Mapping[str, float]) -> float:
+    if isinstance(eps, Mapping):
+        if name not in eps:
+            raise UserError(f"there is no eps for layer {name!r}: it is of another model")
+        eps = eps[name]
+    if not eps > 0:
+        raise UserError(f"eps={eps!r} must be positive")
+    return eps
 
 
 def _one_layer(name: str, a: Statistics, b: Statistics, eps: float) -> LayerDrift:

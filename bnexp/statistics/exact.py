@@ -6,30 +6,30 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from bnexp.errors import UserError
 from bnexp.memory_size import format_bytes
-from bnexp.nn.layers import normalized_by
-from bnexp.statistics.forward import (
-    Done,
-    Fixed,
-    by_its_own,
-    first_non_finite,
-    is_wide,
-    length_of,
-    no_batches,
-    non_finite,
+from bnexp.nn.inference import ModelState
+from bnexp.nn.intercept import normalized_by
+from bnexp.statistics.forward import Done, Normalizer, Population, Task, copied, no_batches
+from bnexp.statistics.layer_by_layer import (
+    Call,
+    PopulationCall,
+    all_calls_together,
+    by_layer,
+    layer_by_layer,
 )
 from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep
 from bnexp.statistics.moments import Moments, moments
-from bnexp.statistics.spill import Owner, Ownership, Store, free_memory
+from bnexp.statistics.spill import OffloadMode, OffloadStore, PassMemory, free_memory
 
 _log = logging.getLogger("bnexp.statistics")
 
@@ -72,235 +72,241 @@ class MemoryEstimate:
         return text
 
 
-@dataclass(frozen=True)
-class _Visit:
-    """One call of one BN layer in one forward pass."""
-
-    name: str
-    moments: Moments
-    dtype: torch.dtype
-    device: torch.device
-    held: int = 0
+class Dependent(Exception):
+    """Passes can't be interleaved, for the reason in the text."""
 
 
-class Exact:
-    """All batches in lockstep from BN layer to BN layer."""
+def exact(task: Task) -> dict[str, Population]:
+    """Population statistics of each call of a BN layer, below it those of all calls before.
 
-    def __init__(self, layers, run, stop_after: str | None, report) -> None:
-        self._layers = layers
-        self._run = run
-        self._stop_after = stop_after
-        self._report = report
-        self._ownership: Ownership | None = None
-        self._probed: list[_Visit] = []
-        self._working = 0
-        # In the order in which the forward pass calls the layers:
-        self._population: list[tuple[str, Moments, Fixed | None]] = []
-        self._first_batch: list[Moments] = []
-
-    def over(
-        self, batches: Iterable, device: torch.device, bound: int
-    ) -> dict[str, tuple[Tensor, Tensor, int]]:
-        borrowed = belongs_to_caller(batches)
-        iterator = iter(batches)
-        start = _take(iterator, 1)
-        if not start:
-            raise no_batches()
-        again = _copy(start[0])
-        self.probe(start[0], borrowed)
-        start += _take(iterator, 1)
-        if len(start) == 1:
-            self._population = [(v.name, self._whole([v]), None) for v in self._probed]
-            return self._result()
-        estimate = self.estimate(length_of(batches), bound)
-        _log.info("exact: %s", estimate)
-        self._report.note(str(estimate))
-        legs = len(self._probed) + (self._stop_after is None)
-        self._report.start(estimate.batches and estimate.batches * legs)
-        if estimate.elsewhere == 0:
-            self._sweep(start, iterator, borrowed, Lockstep())
-        else:
-            self._sweep_bounded(start, iterator, borrowed, estimate, device)
-        self._check_independence(again)
-        return self._result()
-
-    def probe(self, batch: Any, borrowed: bool) -> None:
-        """Run one batch alone, to see the way through the model and what is held where."""
-        owner = Owner()
-        with self._owning(Ownership()) as ownership:
-
-            def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
-                held = owner.bytes
-                with self._unowned():
-                    m = moments(x)
-                    fixed = by_its_own(m, x)
-                self._probed.append(_Visit(name, m, x.dtype, x.device, held))
-                if name == self._stop_after:
-                    raise Done
-                return fixed.normalize(x, weight, bias, eps)
-
-            with normalized_by(self._layers, normalize), contextlib.suppress(Done):
-                # A copy: a model may work in place on its input, and this one is needed again.
-                if borrowed:
-                    batch = _copy(batch)
-                ownership.current = owner
-                if not borrowed:  # then it counts as the pass's own
-                    batch = _copy(batch)
-                self._run(batch)
-        self._working = owner.peak
-        if not self._probed:
-            raise UserError("the forward pass reaches no BN layer: nothing to recompute")
-
-    def estimate(self, batches: int | None, bound: int) -> MemoryEstimate:
-        most = max(self._probed, key=lambda visit: visit.held)
-        return MemoryEstimate(batches, most.held, most.name, self._working, bound)
-
-    def _sweep_bounded(
-        self, start, iterator, borrowed: bool, estimate: MemoryEstimate, device: torch.device
-    ) -> None:
-        """The sweep with what waits beyond the bound put into a store."""
-        size = _samples(start[0])
-        host = 0 if device.type == "cpu" else free_memory(torch.device("cpu")) // 2
-
-        def that_fit(batches: int) -> str:
-            return f"about {batches * size} samples" if size else f"about {batches} batches"
-
-        if estimate.working > estimate.bound:
-            raise UserError(
-                f"one batch needs {format_bytes(estimate.working)} and memory allows "
-                f"{format_bytes(estimate.bound)}: use smaller batches or raise memory"
-            )
-        room = estimate.bound - estimate.working + host + Store.disk_left()
-        if estimate.elsewhere is not None and estimate.batches * estimate.waiting > room:
-            raise UserError(
-                f"exact needs {format_bytes(estimate.total)} for what waits, and memory, host "
-                f"and disk have {format_bytes(room)}: {that_fit(room // estimate.waiting)} would "
-                "fit; use fewer, point TMPDIR at a larger disk, or use method='pooled'"
-            )
-        with contextlib.closing(Store(host)) as store, self._owning(Ownership(store)) as owning:
-            lockstep = Lockstep(owning, estimate.bound, estimate.working)
-            try:
-                self._sweep(start, iterator, borrowed, lockstep)
-            except OSError as error:
-                if error is not store.error:
-                    raise
-                raise UserError(
-                    f"the disk under {store.folder()} is full ({error.strerror}): "
-                    f"{that_fit(lockstep.started)} were too many for 'exact'; use fewer, point "
-                    "TMPDIR at a larger disk, or use method='pooled'"
-                ) from error
-
-    def _sweep(self, start: list, iterator: Iterator, borrowed: bool, lockstep: Lockstep) -> None:
-        def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
-            with self._unowned():
-                visit = _Visit(name, moments(x), x.dtype, x.device)
-            fixed = lockstep.wait(visit)
-            return fixed.normalize(x, weight, bias, eps)
-
-        def job(cell: list) -> None:
-            if self._ownership is not None and not borrowed:
-                # So that the pass owns its input, which may then wait elsewhere too.
-                cell.append(_copy(cell.pop()))
-            self._run(cell.pop())
-
-        def jobs() -> Iterator[Callable[[], None]]:
-            while start:
-                yield functools.partial(job, [start.pop(0)])
-            for batch in iterator:
-                yield functools.partial(job, [batch])
-
-        with normalized_by(self._layers, normalize):
-            lockstep.run(jobs(), self._meet, self._report.advance)
-
-    def _meet(self, visits: list) -> object:
-        """All batches have arrived: the population statistics of this call are final."""
-        reached = [None if visit is FINISHED else visit.name for visit in visits]
-        for number, name in enumerate(reached):
-            if name != reached[0]:
-                raise UserError(
-                    f"batch number {number} (counted from 0) goes on to {_place(name)} where "
-                    f"batch 0 goes on to {_place(reached[0])}: the model's path depends on its "
-                    "data, so 'exact' is not defined for it; use method='pooled'"
-                )
-        whole = self._whole(visits)
-        first = visits[0]
-        wide = is_wide(whole, first.device)
-        self._population.append(
-            (first.name, whole, Fixed.of(whole, first.dtype, first.device, wide))
+    In one sweep, or layer by layer where passes influence one another. `task.calls` "joint": of
+    all calls of a layer together, if one is called several times.
+    """
+    given = ModelState(task.model)
+    # Whoever makes batches may use their memory again for the next.
+    batches: Iterator[Any] = (b if task.borrowed else copied(b) for b in task.batches)
+    start = list(itertools.islice(batches, 2))
+    if not start:
+        raise no_batches()
+    probe = Probe.of(task, start[0], given)
+    several = [name for name, calls in Counter(c.name for c in probe.calls).items() if calls > 1]
+    if several and task.calls == "joint":
+        return all_calls_together(task, [*start, *batches], given)
+    if several:
+        _warn(
+            f"called several times per pass: {', '.join(several)}. Each call was normalized with "
+            "its own statistics, as in training; inference has one mean and variance for all of "
+            "a layer's calls: calls='joint' gives those that it meets"
         )
-        self._first_batch.append(first.moments)
-        return STOP if first.name == self._stop_after else self._population[-1][2]
+    if len(start) == 1:
+        return by_layer(PopulationCall.of([call]) for call in probe.calls)
+    reason = probe.change
+    if reason is not None:  # perhaps a cache, which is filled once: does it change again?
+        probe = Probe.of(task, start[0], ModelState(task.model))
+        reason = probe.change
+    rest: Iterator[Any] = itertools.chain(start, batches)
+    if reason is None:
+        try:
+            return by_layer(_swept(task, probe, rest))
+        except Dependent as dependent:
+            reason = str(dependent)
+            if not task.borrowed:
+                raise UserError(
+                    f"the model's forward passes influence one another ({reason}), so 'exact' "
+                    "needs each batch several times: pass a list of batches, or use "
+                    "method='pooled'"
+                ) from None
+            rest = iter(task.batches)
+    passes = len(probe.calls) + 1
+    _warn(
+        f"the model's forward passes influence one another ({reason}), so 'exact' runs them one "
+        f"after the other, once per BN layer: {passes} passes over the batches instead of one"
+    )
+    held = list(rest)
+    task.report.start(passes * len(held))
+    return by_layer(layer_by_layer(task, held, given))
+
+
+def memory_estimate(task: Task) -> MemoryEstimate:
+    """Takes and runs the first batch."""
+    for batch in task.batches:
+        return Probe.of(task, batch, ModelState(task.model)).estimate(task)
+    raise no_batches()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One batch's pass alone: the way through the model, and what it held where, at most `working`.
+
+    change: what differed from the model's state before the pass when a BN layer was called, so
+    that another pass would meet it if this one waited there.
+    """
+
+    calls: list[Call]
+    working: int
+    change: str | None
 
     @staticmethod
-    def _whole(visits: list[_Visit]) -> Moments:
-        name = visits[0].name
-        bad = first_non_finite([visit.moments for visit in visits])
-        if bad is not None:
-            raise non_finite(name, bad)
-        parts = [visit.moments for visit in visits if visit.moments.count]
-        if sum(part.count for part in parts) < 2:
+    def of(task: Task, batch: Any, state: ModelState) -> Probe:
+        memory = PassMemory()
+        calls: list[Call] = []
+        change = None
+        with OffloadMode(OffloadStore()) as mode:
+
+            def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
+                nonlocal change
+                held = memory.bytes
+                with mode.uncounted():
+                    change = change or state.change()
+                    calls.append(Call.of(name, x, held))
+                    normalizer = Normalizer.by_its_own(calls[-1].moments, x)
+                if name == task.stop_after:
+                    raise Done
+                return normalizer.normalize(x, weight, bias, eps)
+
+            with normalized_by(task.layers, normalize), contextlib.suppress(Done):
+                if task.borrowed:
+                    batch = copied(batch)
+                    mode.current = memory
+                else:  # then it counts as the pass's own
+                    mode.current = memory
+                    batch = copied(batch)
+                task.run.try_out(batch)
+        if not calls:
+            raise UserError("the forward pass reaches no BN layer: nothing to recompute")
+        return Probe(calls, memory.peak, change)
+
+    def estimate(self, task: Task) -> MemoryEstimate:
+        most = max(self.calls, key=lambda call: call.held)
+        return MemoryEstimate(task.length, most.held, most.name, self.working, task.memory)
+
+
+def _swept(task: Task, probe: Probe, batches: Iterator) -> list[PopulationCall]:
+    """The population's calls by one sweep. Raises Dependent."""
+    estimate = probe.estimate(task)
+    _log.info("exact: %s", estimate)
+    task.report.note(str(estimate))
+    legs = len(probe.calls) + (task.stop_after is None)
+    task.report.start(estimate.batches and estimate.batches * legs)
+    state = ModelState(task.model)
+    if estimate.elsewhere == 0:
+        sweep = _Sweep(task, state, Lockstep())
+        sweep.run(batches)
+        return sweep.population
+    first = next(batches)
+    size = _samples(first)
+    batches = itertools.chain([first], batches)
+    del first
+    host = 0 if task.device.type == "cpu" else free_memory(torch.device("cpu")) // 2
+
+    def that_fit(number: int) -> str:
+        return f"about {number * size} samples" if size else f"about {number} batches"
+
+    if estimate.working > estimate.bound:
+        raise UserError(
+            f"one batch needs {format_bytes(estimate.working)} and memory allows "
+            f"{format_bytes(estimate.bound)}: use smaller batches or raise memory"
+        )
+    room = estimate.bound - estimate.working + host + OffloadStore.disk_left()
+    if estimate.total is not None and estimate.total - estimate.working > room:
+        raise UserError(
+            f"exact needs {format_bytes(estimate.total)} for what waits, and memory, host "
+            f"and disk have {format_bytes(room)}: {that_fit(room // estimate.waiting)} would "
+            "fit; use fewer, point TMPDIR at a larger disk, or use method='pooled'"
+        )
+    with contextlib.closing(OffloadStore(host)) as store, OffloadMode(store) as mode:
+        lockstep = Lockstep(mode, estimate.bound, estimate.working)
+        try:
+            sweep = _Sweep(task, state, lockstep, mode)
+            sweep.run(batches)
+        except OSError as error:
+            if error is not store.error:
+                raise
             raise UserError(
-                f"BN layer {name!r} has one value per channel over all batches: a variance needs "
-                "at least two"
-            )
-        return Moments.merge(parts)
+                f"the disk under {store.folder()} is full ({error.strerror}): "
+                f"{that_fit(lockstep.started)} were too many for 'exact'; use fewer, point "
+                "TMPDIR at a larger disk, or use method='pooled'"
+            ) from error
+    return sweep.population
 
-    def _check_independence(self, batch: Any) -> None:
-        """Run the first batch again, alone: it must see what it saw among the others.
 
-        It does not if the model hands things from layer to layer by way of attributes, hooks or
-        globals, which another pass overwrites in between.
-        """
-        calls = iter(zip(self._population, self._first_batch, strict=True))
-        remaining = len(self._population)
+class _Sweep:
+    """All batches' passes in lockstep, and whether they were independent.
+
+    Passes hand things on by attributes, hooks or globals, which other passes overwrite while they
+    wait; or they set something that all share and put it back later. In modules this is seen when
+    the batches meet. Elsewhere it is seen by running some batches again, alone: they must see what
+    they saw among the others. The second does not, wherever any does: with what is set and put
+    back the first is right, with what is handed on the last. The last, since it may be of another
+    size; with up to three batches, the first.
+    """
+
+    def __init__(
+        self, task: Task, state: ModelState, lockstep: Lockstep, mode: OffloadMode | None = None
+    ) -> None:
+        self.population: list[PopulationCall] = []
+        self._task = task
+        self._state = state
+        self._lockstep = lockstep
+        self._mode = mode
+        self._own_input = mode is not None and not task.borrowed
+        # Batches that may be run again, by number, and what each saw.
+        self._kept: dict[int, Any] = {}
+        self._seen: dict[int, list[Moments]] = {}
+
+    def run(self, batches: Iterator) -> None:
+        with normalized_by(self._task.layers, self._normalize):
+            self._lockstep.run(self._jobs(batches), self._meet, self._task.report.advance)
+        for number, seen in self._seen.items():
+            self._check(self._kept[number], seen)
+
+    def _normalize(self, name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
+        with self._mode.uncounted() if self._mode else contextlib.nullcontext():
+            call = Call.of(name, x)
+        return self._lockstep.wait(call).normalize(x, weight, bias, eps)
+
+    def _jobs(self, batches: Iterator) -> Iterator[Callable[[], None]]:
+        for number, batch in enumerate(batches):
+            if number > 2:
+                del self._kept[number - 1]
+            self._kept[number] = batch
+            yield functools.partial(self._job, [batch])
+
+    def _job(self, cell: list) -> None:
+        if self._own_input:  # so that it may wait elsewhere too
+            cell.append(copied(cell.pop()))
+        self._task.run(cell.pop())
+
+    def _meet(self, items: list) -> object:
+        """All batches have arrived: the population statistics of this call are final."""
+        if change := self._state.change():
+            raise Dependent(change)
+        call = PopulationCall.of([None if item is FINISHED else item for item in items])
+        self.population.append(call)
+        for number in {1, len(items) - 1, *([0] if len(items) <= 3 else [])}:
+            self._seen.setdefault(number, []).append(items[number].moments)
+        return STOP if call.name == self._task.stop_after else call.normalizer
+
+    def _check(self, batch: Any, seen: list[Moments]) -> None:
+        expected = zip(self.population, seen, strict=True)
+        wrong = None
 
         def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
-            nonlocal remaining
-            (expected_name, _, fixed), expected = next(calls, ((None, None, None), None))
-            if name != expected_name or not _agree(moments(x), expected, x.dtype):
-                raise UserError(
-                    f"the model's forward passes influence one another (seen at BN layer "
-                    f"{name!r}: it keeps data of one pass in attributes, hooks or globals, or the "
-                    "batches share memory), so they cannot advance in lockstep for 'exact': use "
-                    "method='pooled'"
-                )
-            remaining -= 1
-            if not remaining:
-                raise Done
-            return fixed.normalize(x, weight, bias, eps)
+            nonlocal wrong
+            m = moments(x)
+            for known, before in expected:
+                if known.name != name or not _agree(m, before, x.dtype):
+                    break
+                if name == self._task.stop_after:
+                    raise Done
+                return known.normalizer.normalize(x, weight, bias, eps)
+            wrong = wrong or name
+            return Normalizer.by_its_own(m, x).normalize(x, weight, bias, eps)
 
-        with normalized_by(self._layers, normalize), contextlib.suppress(Done):
-            self._run(batch)
-
-    def _result(self) -> dict[str, tuple[Tensor, Tensor, int]]:
-        calls: dict[str, list[Moments]] = {}
-        for name, whole, _ in self._population:
-            calls.setdefault(name, []).append(whole)
-        merged = {name: Moments.merge(parts) for name, parts in calls.items()}
-        return {name: (m.mean, m.var, m.count) for name, m in merged.items()}
-
-    @contextlib.contextmanager
-    def _owning(self, ownership: Ownership) -> Iterator[Ownership]:
-        self._ownership = ownership
-        try:
-            with ownership:
-                yield ownership
-        finally:
-            self._ownership = None
-
-    @contextlib.contextmanager
-    def _unowned(self) -> Iterator[None]:
-        """What is made within is not the pass's, and never put away."""
-        if self._ownership is None:
-            yield
-            return
-        owner, self._ownership.current = self._ownership.current, None
-        yield
-        self._ownership.current = owner
-
-
-def _place(name: str | None) -> str:
-    return "the end" if name is None else f"BN layer {name!r}"
+        with normalized_by(self._task.layers, normalize), contextlib.suppress(Done):
+            self._task.run(batch)
+        if wrong is not None:
+            raise Dependent(f"seen at BN layer {wrong!r}")
 
 
 def _agree(a: Moments, b: Moments, dtype: torch.dtype) -> bool:
@@ -315,21 +321,12 @@ def _agree(a: Moments, b: Moments, dtype: torch.dtype) -> bool:
     )
 
 
-def belongs_to_caller(batches: Iterable) -> bool:
-    """Whether the caller holds all batches anyway, so that they cost no further memory."""
-    return isinstance(batches, (list, tuple))
-
-
-def _take(iterator: Iterator, count: int) -> list:
-    return list(itertools.islice(iterator, count))
-
-
-def _copy(batch: Any) -> Any:
-    return tree_map_only(Tensor, torch.clone, batch)
-
-
 def _samples(batch: Any) -> int | None:
     """Number of samples in a batch of the usual kinds."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else None
     return _samples(batch[0]) if isinstance(batch, (tuple, list)) and batch else None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)  # where recompute_statistics was called

@@ -1,25 +1,130 @@
-"""Forward passes that leave no trace, and what BN layers do in them."""
+"""One recomputation's forward passes: how they are run, and what BN layers do in them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bnexp.errors import NotFinite, UserError
 from bnexp.statistics.moments import Moments
+from bnexp.statistics.progress import Report
+from bnexp.torch_internals import BatchNormBase
+from bnexp.torch_internals import version as version_of
 
 # Normalizing as x·scale + shift in float32 loses log2(|mean| / std) bits; beyond this ratio it
 # is done in float64.
 _OFFSET = 32.0
 
+Calls = Literal["each", "joint"]
+Forward = Callable[[nn.Module, Any], Any]
+
 
 class Done(BaseException):
     """Ends a forward pass whose rest is of no interest."""
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """Statistics of one layer: float64 mean and variance per channel, and values per channel."""
+
+    mean: Tensor
+    var: Tensor
+    count: int
+
+    @staticmethod
+    def of(parts: Sequence[Moments]) -> Population:
+        merged = Moments.merge(parts)
+        return Population(merged.mean, merged.var, merged.count)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One recomputation: the model and its BN layers, what to run it on, and who is told.
+
+    memory: bound in bytes on what waits. stop_after: the last layer wanted, None for all. calls:
+    what "exact" does with layers that are called several times.
+    """
+
+    model: nn.Module
+    layers: dict[str, BatchNormBase]
+    batches: Iterable
+    run: Runner
+    device: torch.device
+    memory: int
+    stop_after: str | None
+    calls: Calls
+    report: Report
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether the caller holds all batches anyway, so that they cost no further memory."""
+        return isinstance(self.batches, (list, tuple))
+
+    @property
+    def length(self) -> int | None:
+        """Number of batches, None where they don't tell."""
+        try:
+            return len(self.batches)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+
+class Runner:
+    """Runs the model on a batch, and lets it write into none of the caller's tensors.
+
+    It gets copies, until `try_out` has seen that it does not work in place on its input.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, forward: Forward | None) -> None:
+        self._model = model
+        self._device = device
+        self._forward = forward
+        self._writes = True
+
+    def try_out(self, batch: Any) -> None:
+        """Run a batch that nobody else needs, and note whether the model writes into it."""
+        before = _versions(batch)
+        try:
+            self._run(batch)
+        finally:
+            self._writes = any(version is None or version_of(t) != version for t, version in before)
+
+    def __call__(self, batch: Any) -> None:
+        if self._writes:
+            batch = copied(batch)
+        cell = [batch]
+        del batch
+        self._run(cell.pop())
+
+    def _run(self, batch: Any) -> None:
+        if self._forward is not None:
+            self._forward(self._model, batch)
+            return
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        del batch  # its labels, say, need not live as long as the pass
+        if not isinstance(x, Tensor):
+            raise UserError(
+                f"a batch is a tensor, or a tuple or list that starts with one, not a "
+                f"{type(x).__name__}: pass forward=lambda model, batch: ..."
+            )
+        x = x.to(self._device, non_blocking=True)
+        self._model(x)
+
+
+def _versions(batch: Any) -> list[tuple[Tensor, int | None]]:
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return [(t, None if t.is_inference() else version_of(t)) for t in tensors]
+
+
+def copied(batch: Any) -> Any:
+    """The batch with copies of its tensors, inside lists, tuples and dicts too."""
+    return tree_map_only(Tensor, torch.clone, batch)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -28,37 +133,12 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def runner(model: nn.Module, device: torch.device, forward: Callable | None) -> Callable:
-    def run(batch: Any) -> None:
-        if forward is not None:
-            forward(model, batch)
-            return
-        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(x, Tensor):
-            raise UserError(
-                f"a batch is a tensor, or a tuple or list that starts with one, not a "
-                f"{type(x).__name__}: pass forward=lambda model, batch: ..."
-            )
-        del batch
-        x = x.to(device, non_blocking=True)
-        model(x)
-
-    return run
-
-
-def length_of(batches: Iterable) -> int | None:
-    try:
-        return len(batches)
-    except TypeError:
-        return None
-
-
 def no_batches() -> UserError:
     return UserError("there are no batches to recompute from: is the iterator used up?")
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Normalizer:
     """A mean and a variance in the form that normalizes inputs of one dtype."""
 
     mean: Tensor
@@ -66,11 +146,19 @@ class Fixed:
     wide: bool
 
     @staticmethod
-    def of(m: Moments, dtype: torch.dtype, device: torch.device, wide: bool) -> Fixed:
+    def of(m: Moments, dtype: torch.dtype, device: torch.device, wide: bool) -> Normalizer:
         dtype = torch.float64 if wide or dtype == torch.float64 else torch.float32
-        return Fixed(m.mean.to(dtype).to(device), m.var.to(dtype).to(device), wide)
+        return Normalizer(m.mean.to(dtype).to(device), m.var.to(dtype).to(device), wide)
 
-    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+    @staticmethod
+    def by_its_own(m: Moments, x: Tensor) -> Normalizer:
+        """Of a mini-batch's own moments. Doesn't wait for a GPU."""
+        wide = x.device.type == "cpu" and is_wide(m, x.device)
+        return Normalizer.of(m, x.dtype, x.device, wide)
+
+    def normalize(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         dtype = self.mean.dtype
         weight = weight if weight is None else weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
@@ -88,17 +176,8 @@ def is_wide(m: Moments, device: torch.device) -> bool:
     return bool((mean * mean * m.count > _OFFSET**2 * m2).any())
 
 
-def by_its_own(m: Moments, x: Tensor) -> Fixed:
-    wide = x.device.type == "cpu" and is_wide(m, x.device)
-    return Fixed.of(m, x.dtype, x.device, wide)
-
-
-def _values_per_channel(x: Tensor) -> int:
-    return x.numel() // x.shape[1] if x.shape[1] else 0
-
-
 def need_two(name: str, x: Tensor, where: str = "this mini-batch") -> None:
-    values = _values_per_channel(x)
+    values = x.numel() // x.shape[1] if x.shape[1] else 0
     if values < 2:
         raise UserError(
             f"BN layer {name!r}: {where} has {values or 'no'} value{'s' * (values == 0)} per "
@@ -106,7 +185,7 @@ def need_two(name: str, x: Tensor, where: str = "this mini-batch") -> None:
         )
 
 
-def first_non_finite(parts: list[Moments]) -> int | None:
+def first_non_finite(parts: Sequence[Moments]) -> int | None:
     """Index of the first moments with NaN or infinity in them. Waits for a GPU."""
     sums = torch.stack([part.mean.sum() + part.m2.sum() for part in parts])
     bad = (~torch.isfinite(sums)).nonzero()

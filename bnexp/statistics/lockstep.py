@@ -12,12 +12,11 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import overrides
 
 from bnexp.errors import UserError
-from bnexp.statistics.spill import Owner, Ownership
+from bnexp.statistics.pass_settings import PassSettings
+from bnexp.statistics.spill import OffloadMode, PassMemory
 
 FINISHED = object()
 STOP = object()
@@ -30,19 +29,19 @@ class Lockstep:
     receives the items of all jobs in order, `FINISHED` for those that returned; it answers with
     the value that `wait` returns to every job, or with `STOP`.
 
-    ownership: where given, jobs that wait beyond `bound` bytes in all are put into its store.
+    offload: where given, jobs that wait beyond `bound` bytes in all are offloaded to its store.
     reserve: bytes left free for the job that runs.
     """
 
-    def __init__(self, ownership: Ownership | None = None, bound: int = 0, reserve: int = 0):
-        self._ownership = ownership
+    def __init__(self, offload: OffloadMode | None = None, bound: int = 0, reserve: int = 0):
+        self._offload = offload
         self._bound = bound - reserve
         self._resident = 0
-        self._hub = None
-        self._running = None
+        self._hub = getcurrent()
+        self._running: greenlet | None = None
         self._thread = threading.get_ident()
         self._closed = False
-        self._state = _ThreadState()
+        self._settings = PassSettings()
         self.started = 0
 
     def wait(self, item: Any) -> Any:
@@ -54,7 +53,7 @@ class Lockstep:
                 "the model runs its BN layers in threads or greenlets of its own "
                 "(nn.DataParallel?): pass the module inside, or use method='pooled'"
             )
-        with self._state.elsewhere():
+        with self._settings.elsewhere():
             return self._hub.switch(item)
 
     def run(
@@ -68,12 +67,11 @@ class Lockstep:
         An exception in a job, in `jobs` or in `decide` ends all of it and propagates. No
         greenlet is left behind in any case. `advanced` is called after each job's each leg.
         """
-        self._hub = getcurrent()
-        passes: list[tuple[greenlet, Owner]] = []
+        passes: list[tuple[greenlet, PassMemory]] = []
         try:
             items = []
             for job in jobs:
-                passes.append((greenlet(job, parent=self._hub), Owner()))
+                passes.append((greenlet(job, parent=self._hub), PassMemory()))
                 passes[-1][0].gr_context = contextvars.copy_context()
                 del job
                 self.started += 1
@@ -83,37 +81,38 @@ class Lockstep:
                 answer = decide(items)
                 if answer is STOP:
                     return
-                for index, (job, owner) in enumerate(passes):
-                    items[index] = self._advance(job, owner, answer)
+                for index, (job, memory) in enumerate(passes):
+                    items[index] = self._advance(job, memory, answer)
                     advanced()
         finally:
             self._closed = True
-            for job, _ in passes:
+            # The last first, so that what they set and put back is put back in order.
+            for job, _ in reversed(passes):
                 if not job.dead:
                     with contextlib.suppress(GreenletExit):
                         self._running = job
                         job.throw(GreenletExit)
             self._running = None
-            if self._ownership is not None:
-                for _, owner in passes:
-                    self._ownership.release(owner)
+            if self._offload is not None:
+                for _, memory in passes:
+                    self._offload.restore_survivors(memory)
 
-    def _advance(self, job: greenlet, owner: Owner, *answer: Any) -> Any:
-        if self._ownership is None:
+    def _advance(self, job: greenlet, memory: PassMemory, *answer: Any) -> Any:
+        if self._offload is None:
             return self._switch(job, *answer)
-        self._resident -= owner.resident
-        owner.resident = 0
-        self._ownership.fetch(owner)
-        self._ownership.current = owner
+        self._resident -= memory.resident
+        memory.resident = 0
+        self._offload.restore(memory)
+        self._offload.current = memory
         try:
             item = self._switch(job, *answer)
         finally:
-            self._ownership.current = None
-        if self._resident + owner.bytes <= self._bound:
-            owner.resident = owner.bytes
-            self._resident += owner.resident
+            self._offload.current = None
+        if self._resident + memory.bytes <= self._bound:
+            memory.resident = memory.bytes
+            self._resident += memory.resident
         else:
-            self._ownership.put(owner)
+            self._offload.offload(memory)
         return item
 
     def _switch(self, job: greenlet, *answer: Any) -> Any:
@@ -121,54 +120,3 @@ class Lockstep:
         item = job.switch(*answer)
         self._running = None
         return FINISHED if job.dead else item
-
-
-class _ThreadState:
-    """torch's per-thread switches, which a pass may have set around the point where it waits.
-
-    All passes share one thread, so a pass that pauses inside `torch.autocast`, `enable_grad`,
-    `inference_mode`, `torch.cuda.device` or a function mode puts back what held when the sweep
-    began, and takes its own up again when it goes on.
-    """
-
-    def __init__(self) -> None:
-        present = {
-            "cpu": True,
-            "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-            "xpu": torch.xpu.is_available(),
-        }
-        self._devices = [kind for kind, there in present.items() if there]
-        self._base = self._read()
-
-    def _read(self) -> tuple:
-        return (
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_cache_enabled(),
-            torch.cuda.current_device() if torch.cuda.is_initialized() else None,
-            tuple(
-                (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in self._devices
-            ),
-            overrides._len_torch_function_stack(),
-        )
-
-    @contextlib.contextmanager
-    def elsewhere(self):
-        own = self._read()
-        if own == self._base:
-            yield
-            return
-        grad, inference, cache, device, autocast, modes = self._base
-        with contextlib.ExitStack() as stack:
-            popped = [overrides._pop_mode() for _ in range(own[-1] - modes)]
-            stack.callback(lambda: [overrides._push_mode(m) for m in reversed(popped)])
-            if own[1] != inference:
-                stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for kind, (enabled, dtype), now in zip(self._devices, autocast, own[4], strict=True):
-                if now != (enabled, dtype):
-                    stack.enter_context(torch.autocast(kind, dtype, enabled, cache))
-            if device is not None and device != own[3]:
-                stack.enter_context(torch.cuda.device(device))
-            yield

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bnexp.nn.layers import normalized_by
+from bnexp.nn.intercept import normalized_by
 from bnexp.statistics.forward import (
     Done,
-    by_its_own,
+    Normalizer,
+    Population,
+    Task,
+    copied,
     first_non_finite,
-    length_of,
     need_two,
     no_batches,
     non_finite,
@@ -21,69 +23,88 @@ from bnexp.statistics.forward import (
 from bnexp.statistics.moments import Moments, moments
 
 # How many mini-batches are looked at together for NaN, which on a GPU means waiting for it.
-_FOLD = 32
+_TOGETHER = 32
 
 
-class PerBatch:
-    """One batch after the other, each normalized with its own statistics."""
+class Accumulator(Protocol):
+    """Turns the moments of one layer's mini-batches into its population statistics."""
 
-    def __init__(self, layers, run, method: str, stop_after: str | None, report) -> None:
-        self._layers = layers
-        self._run = run
-        self._method = method
-        self._stop_after = stop_after
-        self._report = report
-        self._number = 0
-        self._recent: dict[str, list[tuple[int, Moments]]] = {}
-        self._sums: dict[str, Moments | tuple] = {}
+    def add(self, parts: list[Moments]) -> None: ...
 
-    def over(self, batches: Iterable) -> dict[str, tuple[Tensor, Tensor, int]]:
-        self._report.start(length_of(batches))
-        empty = True
-        with normalized_by(self._layers, self._normalize):
-            for self._number, batch in enumerate(batches):
-                empty = False
-                with contextlib.suppress(Done):
-                    self._run(batch)
-                if self._number % _FOLD == _FOLD - 1:
-                    self._fold()
-                self._report.advance()
-        if empty:
-            raise no_batches()
-        self._fold()
-        return {name: self._result(sums) for name, sums in self._sums.items()}
+    def result(self) -> Population: ...
 
-    def _normalize(self, name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
-        need_two(name, x, f"batch number {self._number} (counted from 0)")
+
+class _BatchMean:
+    """Mean of the batch means and of the unbiased batch variances."""
+
+    def __init__(self) -> None:
+        self._mean: Tensor | int = 0
+        self._var: Tensor | int = 0
+        self._batches = 0
+        self._count = 0
+
+    def add(self, parts: list[Moments]) -> None:
+        self._mean = self._mean + torch.stack([m.mean for m in parts]).sum(0)
+        self._var = self._var + torch.stack([m.unbiased_var for m in parts]).sum(0)
+        self._batches += len(parts)
+        self._count += sum(m.count for m in parts)
+
+    def result(self) -> Population:
+        mean, var = torch.as_tensor(self._mean), torch.as_tensor(self._var)
+        return Population(mean / self._batches, var / self._batches, self._count)
+
+
+class _Pooled:
+    """Moments of all values together."""
+
+    def __init__(self) -> None:
+        self._merged: list[Moments] = []
+
+    def add(self, parts: list[Moments]) -> None:
+        self._merged = [Moments.merge([*self._merged, *parts])]
+
+    def result(self) -> Population:
+        return Population.of(self._merged)
+
+
+def batch_mean(task: Task) -> dict[str, Population]:
+    return _accumulated(task, _BatchMean)
+
+
+def pooled(task: Task) -> dict[str, Population]:
+    return _accumulated(task, _Pooled)
+
+
+def _accumulated(task: Task, accumulator: type[Accumulator]) -> dict[str, Population]:
+    recent: dict[str, list[tuple[int, Moments]]] = {}
+    accumulators: dict[str, Accumulator] = {}
+    number = -1
+
+    def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
+        need_two(name, x, f"batch number {number} (counted from 0)")
         m = moments(x)
-        self._recent.setdefault(name, []).append((self._number, m))
-        if name == self._stop_after:
+        recent.setdefault(name, []).append((number, m))
+        if name == task.stop_after:
             raise Done
-        return by_its_own(m, x).normalize(x, weight, bias, eps)
+        return Normalizer.by_its_own(m, x).normalize(x, weight, bias, eps)
 
-    def _fold(self) -> None:
-        for name, parts in self._recent.items():
+    def accumulate() -> None:
+        for name, parts in recent.items():
             bad = first_non_finite([m for _, m in parts])
             if bad is not None:
                 raise non_finite(name, parts[bad][0])
-            parts = [m for _, m in parts]
-            before = self._sums.get(name)
-            if self._method == "pooled":
-                self._sums[name] = Moments.merge([before, *parts] if before else parts)
-            else:
-                sums = (
-                    torch.stack([m.mean for m in parts]).sum(0),
-                    torch.stack([m.unbiased_var for m in parts]).sum(0),
-                    len(parts),
-                    sum(m.count for m in parts),
-                )
-                self._sums[name] = (
-                    tuple(map(sum, zip(before, sums, strict=True))) if before else sums
-                )
-        self._recent = {}
+            accumulators.setdefault(name, accumulator()).add([m for _, m in parts])
+        recent.clear()
 
-    def _result(self, sums: Moments | tuple) -> tuple[Tensor, Tensor, int]:
-        if isinstance(sums, Moments):
-            return sums.mean, sums.var, sums.count
-        mean, var, batches, count = sums
-        return mean / batches, var / batches, count
+    task.report.start(task.length)
+    with normalized_by(task.layers, normalize):
+        for number, batch in enumerate(task.batches):
+            with contextlib.suppress(Done):
+                task.run(batch) if number else task.run.try_out(copied(batch))
+            if number % _TOGETHER == _TOGETHER - 1:
+                accumulate()
+            task.report.advance()
+    if number < 0:
+        raise no_batches()
+    accumulate()
+    return {name: found.result() for name, found in accumulators.items()}

@@ -9,40 +9,45 @@ import contextlib
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
+from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import eagerly, inference
-from bnexp.nn.layers import batchnorm_layers, normalized_by, original_module
-from bnexp.statistics.exact import Exact, MemoryEstimate, belongs_to_caller
-from bnexp.statistics.forward import (
-    device_of,
-    length_of,
-    need_two,
-    no_batches,
-    runner,
-)
-from bnexp.statistics.per_batch import PerBatch
-from bnexp.statistics.progress import Progress, reporting
+from bnexp.nn.intercept import normalized_by
+from bnexp.ranks import Ranks, choose_ranks
+from bnexp.statistics.exact import MemoryEstimate, exact, memory_estimate
+from bnexp.statistics.forward import Calls, Forward, Population, Runner, Task, device_of, need_two
+from bnexp.statistics.per_batch import batch_mean, pooled
+from bnexp.statistics.progress import Progress, Report, reporting
 from bnexp.statistics.spill import memory_bound
 from bnexp.statistics.statistics import Statistics
+from bnexp.torch_internals import original_module
 
-METHODS = ("batch-mean", "pooled", "exact")
+Method = Literal["batch-mean", "pooled", "exact"]
+
+METHODS: dict[Method, Callable[[Task], dict[str, Population]]] = {
+    "batch-mean": batch_mean,
+    "pooled": pooled,
+    "exact": exact,
+}
 
 
 def recompute_statistics(
     model: nn.Module,
     batches: Iterable,
-    method: str = "exact",
+    method: Method = "exact",
     device: torch.device | str | None = None,
     progress: Progress = False,
     memory: int | float | str | None = None,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward | None = None,
     stop_after: str | None = None,
+    calls: Calls = "each",
+    ranks: Ranks | None = None,
 ) -> Statistics:
     """Population mean and variance of the inputs of every BN layer, over all of `batches`.
 
@@ -83,6 +88,8 @@ def recompute_statistics(
             on whatever device; its result is ignored.
         stop_after: name of the last BN layer wanted. Nothing behind its first call runs, and
             only layers reached by then are in the result.
+        ranks: which processes work together; in a process group of several ranks it must be
+            chosen.
 
     Returns:
         Statistics with float64 tensors on the CPU, `count` in values per channel. A layer called
@@ -96,10 +103,64 @@ def recompute_statistics(
             model whose path depends on its data or whose forward passes influence one another;
             too little memory and disk (with the number of samples that would fit).
     """
-    model = original_module(model)
-    layers = batchnorm_layers(model)
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown: choose {', '.join(METHODS)}")
+    if calls not in get_args(Calls):
+        raise UserError(f"calls={calls!r} is unknown: choose {', '.join(get_args(Calls))}")
+    if calls == "joint" and (method != "exact" or stop_after is not None):
+        raise UserError("calls='joint' is of method='exact', without stop_after")
+    choose_ranks(ranks, "recomputing statistics")
+    with (
+        reporting(progress, method) as report,
+        prepared_task(model, batches, device, memory, forward, stop_after, calls, report) as task,
+    ):
+        found = METHODS[method](task)
+    unreached = [name for name in task.layers if name not in found]
+    if unreached and stop_after is None:
+        warnings.warn(
+            f"no batch reached BN layer{'s' * (len(unreached) > 1)} {', '.join(unreached)}: left "
+            "out of the statistics",
+            stacklevel=2,
+        )
+    names = [name for name in task.layers if name in found]
+    return Statistics(
+        {name: found[name].mean.cpu() for name in names},
+        {name: found[name].var.cpu() for name in names},
+        {name: found[name].count for name in names},
+    )
+
+
+def estimate_memory(
+    model: nn.Module,
+    batches: Iterable,
+    device: torch.device | str | None = None,
+    memory: int | float | str | None = None,
+    forward: Forward | None = None,
+    stop_after: str | None = None,
+) -> MemoryEstimate:
+    """What `recompute_statistics(model, batches, "exact", ...)` would need; same arguments.
+
+    Takes the first of `batches` and runs it once. Mutates nothing else.
+    """
+    report = Report()
+    with prepared_task(model, batches, device, memory, forward, stop_after, "each", report) as task:
+        return memory_estimate(task)
+
+
+@contextlib.contextmanager
+def prepared_task(
+    model: nn.Module,
+    batches: Iterable,
+    device: torch.device | str | None,
+    memory: int | float | str | None,
+    forward: Forward | None,
+    stop_after: str | None,
+    calls: Calls,
+    report: Report,
+) -> Iterator[Task]:
+    """The task that these arguments mean, with the model in inference mode meanwhile."""
+    model = original_module(model)
+    layers = batchnorm_layers(model)
     if not layers:
         raise UserError("the model has no BN layer, so there are no statistics to recompute")
     if stop_after is not None and stop_after not in layers:
@@ -110,47 +171,9 @@ def recompute_statistics(
         )
     device = torch.device(device) if device is not None else device_of(model)
     bound = memory_bound(memory, device)
-    run = runner(model, device, forward)
-    with eagerly(), inference(model), reporting(progress, method) as report:
-        if method == "exact":
-            result = Exact(layers, run, stop_after, report).over(batches, device, bound)
-        else:
-            result = PerBatch(layers, run, method, stop_after, report).over(batches)
-    if stop_after is None and (unreached := [name for name in layers if name not in result]):
-        warnings.warn(
-            f"no batch reached BN layer{'s' * (len(unreached) > 1)} {', '.join(unreached)}: left "
-            "out of the statistics",
-            stacklevel=2,
-        )
-    names = [name for name in layers if name in result]
-    mean = {name: result[name][0].cpu() for name in names}
-    var = {name: result[name][1].cpu() for name in names}
-    return Statistics(mean, var, {name: result[name][2] for name in names})
-
-
-def estimate_memory(
-    model: nn.Module,
-    batches: Iterable,
-    device: torch.device | str | None = None,
-    memory: int | float | str | None = None,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    stop_after: str | None = None,
-) -> MemoryEstimate:
-    """What `recompute_statistics(model, batches, "exact", ...)` would need; same arguments.
-
-    Takes the first of `batches` and runs it once. Mutates nothing else.
-    """
-    model = original_module(model)
-    layers = batchnorm_layers(model)
-    device = torch.device(device) if device is not None else device_of(model)
-    bound = memory_bound(memory, device)
-    with eagerly(), inference(model), reporting(False, "exact") as report:
-        exact = Exact(layers, runner(model, device, forward), stop_after, report)
-        first = next(iter(batches), None)
-        if first is None:
-            raise no_batches()
-        exact.probe(first, belongs_to_caller(batches))
-        return exact.estimate(length_of(batches), bound)
+    run = Runner(model, device, forward)
+    with eagerly(), inference(model):
+        yield Task(model, layers, batches, run, device, bound, stop_after, calls, report)
 
 
 @contextlib.contextmanager

@@ -1,37 +1,64 @@
 """Estimators: rules that turn the stream of a layer's batch moments into running statistics.
 
 The stream is, per channel, `(mean_t, var_t)` for mini-batches t = 1, 2, ..., where `var_t` is the
-unbiased variance, as PyTorch's running buffers have it. A rule is a small frozen dataclass; what
-it does to tensors are the pure functions below it, over the channels of all layers at once.
-`StatisticsTracker` feeds them.
+unbiased variance, as PyTorch's running buffers have it. A rule is a small frozen dataclass that is
+its own section of a config, says what it is called, and names the bank (`bnexp.statistics.banks`)
+that keeps its numbers; `StatisticsTracker` feeds the banks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from annotated_types import Ge, Lt
 
 from bnexp.errors import UserError
+
+if TYPE_CHECKING:
+    from bnexp.statistics.banks import Averages, Bank, Pools
 
 _BLOCKS = 16
 
 
+class Rule(ABC):
+    """An estimator: what is asked for, without state."""
+
+    # Of a rule as a section of a config.
+    __pydantic_config__: ClassVar = {
+        "extra": "forbid",
+        "use_attribute_docstrings": True,
+        "json_schema_extra": {"required": ["rule"]},
+    }
+
+    @abstractmethod
+    def label(self) -> str:
+        """What it does, in a few words."""
+
+    @abstractmethod
+    def bank(self) -> type[Bank]:
+        """The kind of bank that keeps its numbers, with those of all estimators of that kind."""
+
+
 @dataclass(frozen=True)
-class Ema:
+class Ema(Rule):
     """Exponential moving average: `running = d·running + (1-d)·batch`, with decay d in [0, 1).
 
     PyTorch's `momentum` is `1 - d`: `Ema(0.9)` is what its layers do by default (Ioffe & Szegedy
-    2015, section 3.1). It starts from the layer's running buffers (0 and 1 in a new layer).
+    2015, section 3.1). It starts from the layer's running buffers (0 and 1 in a new layer), and
+    goes on from whatever is written into them.
 
     With `debias` it starts from nothing instead, and is divided by `1 - d^t` as in Adam (Kingma &
     Ba 2015, section 3): a weighted mean of the batches seen, with weights proportional to
     `d^(t-i)`.
     """
 
-    decay: float
+    rule: Literal["ema"] = field(default="ema", kw_only=True, repr=False)
+    decay: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Weight kept on the old value: running = decay * running + (1 - decay) * batch."""
     debias: bool = False
+    """Start at zero and divide by 1 - decay^t, as Adam does."""
 
     def __post_init__(self) -> None:
         decay = self.decay
@@ -41,18 +68,46 @@ class Ema:
                 "(it is the weight kept on the old value: 1 - PyTorch's momentum)"
             )
 
+    @property
+    def initial_weight_sum(self) -> float:
+        """What the starting value is worth, in mini-batches."""
+        return 0.0 if self.debias else 1 / (1 - self.decay)
+
+    def label(self) -> str:
+        return f"decay {self.decay:g}{', debiased' if self.debias else ''}"
+
+    def bank(self) -> type[Averages]:
+        from bnexp.statistics.banks import Averages
+
+        return Averages
+
 
 @dataclass(frozen=True)
-class Cumulative:
+class Cumulative(Rule):
     """The plain mean over all mini-batches so far, of batch means and of unbiased variances.
 
     What PyTorch's layers do with `momentum=None`, and Algorithm 2 of Ioffe & Szegedy 2015 taken
     along the training run.
     """
 
+    rule: Literal["cumulative"] = field(default="cumulative", kw_only=True, repr=False)
+    """The plain average of all batch statistics so far (PyTorch's momentum=None)."""
+
+    # An average that forgets nothing, from nothing.
+    decay: ClassVar[float] = 1.0
+    initial_weight_sum: ClassVar[float] = 0.0
+
+    def label(self) -> str:
+        return "cumulative average"
+
+    def bank(self) -> type[Averages]:
+        from bnexp.statistics.banks import Averages
+
+        return Averages
+
 
 @dataclass(frozen=True)
-class Pooled:
+class Pooled(Rule):
     """Mean and unbiased variance of all values seen, the variance between batch means included.
 
     With `n_t` values per channel in mini-batch t and `n = Σ n_t`: `mean = Σ n_t·mean_t / n` and
@@ -67,12 +122,14 @@ class Pooled:
     than all of it. Until it is full, all mini-batches count.
     """
 
-    window: int | None = None
+    rule: Literal["pooled"] = field(default="pooled", kw_only=True, repr=False)
+    window: Annotated[int, Ge(1), Lt(2**31)] | None = None
+    """Merge the moments of the last so many mini-batches; without it, of the whole run."""
 
     def __post_init__(self) -> None:
         window = self.window
         if window is not None and (
-            isinstance(window, bool) or not isinstance(window, int) or window < 1
+            isinstance(window, bool) or not isinstance(window, int) or not 1 <= window < 2**31
         ):
             raise UserError(f"Pooled: window is a positive number of mini-batches, not {window!r}")
 
@@ -86,104 +143,13 @@ class Pooled:
         """Mini-batches in a block; without a window, more than there will ever be."""
         return 2**62 if self.window is None else max(1, self.window // _BLOCKS)
 
+    def label(self) -> str:
+        return f"pooled over {self.window or 'all'} steps"
+
+    def bank(self) -> type[Pools]:
+        from bnexp.statistics.banks import Pools
+
+        return Pools
+
 
 Estimator = Ema | Cumulative | Pooled
-
-
-def initial_mass(rule: Ema | Cumulative) -> float:
-    """The mass `average` starts from: what the starting value is worth, in mini-batches."""
-    return 1 / (1 - rule.decay) if isinstance(rule, Ema) and not rule.debias else 0.0
-
-
-def decay_of(rule: Ema | Cumulative) -> float:
-    """A cumulative average is an average that forgets nothing: decay 1."""
-    return rule.decay if isinstance(rule, Ema) else 1.0
-
-
-def average_(
-    values: Tensor, mass: Tensor, decay: Tensor, batch: Tensor, seen: Tensor | None = None
-) -> None:
-    """One step of E weighted averages over C channels. Mutates `values` and `mass`.
-
-    All the averaging rules are one recursion on the total weight ("mass") m of what a value
-    stands for, in units of the newest mini-batch's weight:
-
-        m ← d·m + 1,    value ← value + (batch - value) / m
-
-    From m = 0 with d < 1, m_t = (1 - d^t)/(1 - d): the debiased EMA, without its division at the
-    end. With d = 1, m_t = t: the cumulative mean. From its fixed point m = 1/(1 - d) it is the
-    plain EMA.
-
-    Args:
-        values: (E, 2, C) means and variances.
-        mass: (E, 1, C).
-        decay: (E, 1, 1), d.
-        batch: (2, C) batch means and unbiased variances, in the dtype of `values`.
-        seen: (C,) bool; where it is False neither value nor mass changes. None: all True.
-    """
-    if seen is None:
-        mass.mul_(decay).add_(1)
-        values.lerp_(batch, mass.reciprocal())
-    else:
-        mass.copy_(torch.where(seen, decay * mass + 1, mass))
-        values.copy_(torch.where(seen, values.lerp(batch, mass.reciprocal()), values))
-
-
-def pool_(block: Tensor, count: Tensor, batch: Tensor, seen: Tensor | None = None) -> None:
-    """Merge the moments of one mini-batch into those of a block (Chan et al. 1979).
-
-    Mutates `block`, (3, C): count, mean and m2 = Σ (x - mean)² of the values in it.
-
-    Args:
-        count: (C,) values in this mini-batch.
-        batch: (2, C) its mean and unbiased variance, in the dtype of `block`.
-        seen: (C,) bool; where it is False nothing changes. None: all True.
-    """
-    if seen is not None:
-        merged = block.clone()
-        pool_(merged, count, batch)
-        block.copy_(torch.where(seen, merged, block))
-        return
-    have, mean, m2 = block
-    share = count / (have + count)
-    delta = batch[0] - mean
-    mean.addcmul_(delta, share)
-    m2.addcmul_(batch[1], count - 1).addcmul_(delta.square_(), share.mul_(have))
-    have.add_(count)
-
-
-def pool_window_(
-    blocks: Tensor,
-    turn: Tensor,
-    length: int,
-    count: Tensor,
-    batch: Tensor,
-    seen: Tensor | None = None,
-) -> None:
-    """`pool_` into the newest of a ring of blocks (B, 3, C); the oldest is emptied for a new one.
-
-    Mutates `blocks`. `turn`: (C,) int64, how many mini-batches the channel has had before;
-    `length`: mini-batches per block; the rest as in `pool_`.
-    """
-    index = (turn // length % len(blocks)).expand(1, 3, -1)
-    block = blocks.gather(0, index)[0]
-    fresh = block.masked_fill(turn % length == 0, 0)
-    pool_(fresh, count, batch)
-    if seen is not None:
-        fresh = torch.where(seen, fresh, block)
-    blocks.scatter_(0, index, fresh.unsqueeze(0))
-
-
-def pooled_value(blocks: Tensor, otherwise: Tensor) -> Tensor:
-    """(2, C) mean and unbiased variance over all blocks (B, 3, C); `otherwise` (2, C) where they
-    are empty. Mutates nothing."""
-    if len(blocks) == 1:
-        total, overall, spread = blocks[0]
-    else:
-        count, mean, m2 = blocks.unbind(1)
-        total = count.sum(0)
-        shifted = mean - mean[0]  # a common offset costs no digits
-        delta = (count * shifted).sum(0) / total
-        overall = mean[0] + delta
-        spread = m2.sum(0) + (count * (shifted - delta).square_()).sum(0)
-    return torch.where(total > 0, torch.stack([overall, spread / (total - 1)]), otherwise)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import io
 import os
 import shutil
 import tempfile
@@ -15,6 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnexp.memory_size import parse_memory
+from bnexp.torch_internals import storage_key
+
+# Where the bytes of a storage are: a copy on the host, or (offset, size) in the file.
+Place = Tensor | tuple[int, int]
 
 
 def memory_bound(memory: int | float | str | None, device: torch.device) -> int:
@@ -61,11 +68,11 @@ def _free_in_cgroup() -> int:
         return 2**63
 
 
-class Owner:
+class PassMemory:
     """The tensor storages that one forward pass created and that still live.
 
     bytes, peak: their size now, and the most it was. resident: what the scheduler counts.
-    away: what `Ownership.put` has moved to the store.
+    offloaded: what `OffloadMode.offload` has moved to the store.
     """
 
     def __init__(self) -> None:
@@ -73,10 +80,10 @@ class Owner:
         self.bytes = 0
         self.peak = 0
         self.resident = 0
-        self.away: list[tuple[torch.UntypedStorage, int, object]] = []
+        self.offloaded: list[tuple[torch.UntypedStorage, int, Place]] = []
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
 
         def died(_: weakref.ref) -> None:
             del self.storages[key]
@@ -91,17 +98,17 @@ class Owner:
         return [s for s in alive if s is not None]
 
 
-class Ownership(TorchDispatchMode):
+class OffloadMode(TorchDispatchMode):
     """Sees every operation and notes which pass (`current`) created each storage.
 
-    A pass may also read what another one created (a cache kept by the model). If that has
-    been put away, it is brought back first, and stays.
+    What a pass holds can be offloaded to the store. A pass may also read what another one created
+    (a cache kept by the model). If that has been offloaded, it is restored first, and stays.
     """
 
-    def __init__(self, store: Store | None = None) -> None:
+    def __init__(self, store: OffloadStore) -> None:
         super().__init__()
-        self.current: Owner | None = None
-        self._put_away: dict[int, Owner] = {}
+        self.current: PassMemory | None = None
+        self._offloaded: dict[int, PassMemory] = {}
         self._store = store
 
     @classmethod
@@ -111,54 +118,65 @@ class Ownership(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        read = {storage._cdata for storage in _storages((args, kwargs))}
-        if self._put_away:
-            for key in read & self._put_away.keys():
+        read = {storage_key(storage) for storage in _storages((args, kwargs))}
+        if self._offloaded:
+            for key in read & self._offloaded.keys():
                 self._share(key)
         result = func(*args, **kwargs)
         if self.current is not None:
             for storage in _storages((result,)):
-                key = storage._cdata
+                key = storage_key(storage)
                 if key not in read and key not in self.current.storages:
                     self.current.add(storage)
         return result
 
-    def put(self, owner: Owner) -> None:
-        """Move everything `owner` has into the store; its tensors keep shape and identity."""
-        for storage in owner.live():
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is made within is not the pass's, and never offloaded."""
+        current, self.current = self.current, None
+        try:
+            yield
+        finally:
+            self.current = current
+
+    def offload(self, memory: PassMemory) -> None:
+        """Move all of a pass into the store; its tensors keep shape and identity."""
+        for storage in memory.live():
             size = storage.nbytes()
             if size and storage.resizable():
-                owner.away.append((storage, size, self._store.put(storage)))
+                memory.offloaded.append((storage, size, self._store.write(storage)))
                 storage.resize_(0)
-                self._put_away[storage._cdata] = owner
+                self._offloaded[storage_key(storage)] = memory
 
-    def fetch(self, owner: Owner) -> None:
-        """Undo `put`."""
-        while owner.away:
-            storage, size, place = owner.away.pop()
+    def restore(self, memory: PassMemory) -> None:
+        """Undo `offload`."""
+        while memory.offloaded:
+            storage, size, place = memory.offloaded.pop()
             storage.resize_(size)
-            self._store.take(place, storage)
-            del self._put_away[storage._cdata]
+            self._store.read(place, storage)
+            del self._offloaded[storage_key(storage)]
 
-    def release(self, owner: Owner) -> None:
-        """Bring back what outlives its pass because someone else holds it (a hook, a list)."""
-        while owner.away:
-            storage, size, place = owner.away.pop()
-            del self._put_away[storage._cdata]
+    def restore_survivors(self, memory: PassMemory) -> None:
+        """Restore what outlives its pass because someone else holds it (a hook, a list)."""
+        while memory.offloaded:
+            storage, size, place = memory.offloaded.pop()
+            del self._offloaded[storage_key(storage)]
             reference = weakref.ref(storage)
             del storage
-            if (storage := reference()) is not None:
-                storage.resize_(size)
-                self._store.take(place, storage)
+            if (survivor := reference()) is not None:
+                survivor.resize_(size)
+                self._store.read(place, survivor)
 
     def _share(self, key: int) -> None:
-        owner = self._put_away[key]
-        self.fetch(owner)
-        owner.bytes -= owner.storages.pop(key)().nbytes()
-        self.put(owner)
+        memory = self._offloaded[key]
+        self.restore(memory)
+        storage = memory.storages.pop(key)()
+        if storage is not None:
+            memory.bytes -= storage.nbytes()
+        self.offload(memory)
 
 
-def _storages(values: Iterable) -> Iterator[torch.UntypedStorage]:
+def _storages(values: Iterable[object]) -> Iterator[torch.UntypedStorage]:
     for value in values:
         if isinstance(value, Tensor):
             try:
@@ -171,7 +189,7 @@ def _storages(values: Iterable) -> Iterator[torch.UntypedStorage]:
             yield from _storages(value.values())
 
 
-class Store:
+class OffloadStore:
     """Keeps the bytes of storages elsewhere: in host memory up to a bound, then on disk.
 
     The file has no name (or loses it when closed), so nothing is left behind, however the
@@ -181,7 +199,6 @@ class Store:
     def __init__(self, host_bytes: int = 0) -> None:
         self.host_left = host_bytes
         self.error: OSError | None = None
-        self._file = None
         self._free: list[tuple[int, int]] = []
         self._end = 0
 
@@ -193,10 +210,10 @@ class Store:
     @staticmethod
     def disk_left() -> int:
         """Free bytes in `folder()`."""
-        return shutil.disk_usage(Store.folder()).free
+        return shutil.disk_usage(OffloadStore.folder()).free
 
-    def put(self, storage: torch.UntypedStorage) -> object:
-        """Copy a storage's bytes; returns the place to `take` them from.
+    def write(self, storage: torch.UntypedStorage) -> Place:
+        """Copy a storage's bytes; returns the place to `read` them from.
 
         An OSError (disk full) is kept in `error` and raised.
         """
@@ -206,8 +223,6 @@ class Store:
             return data.cpu()
         offset = self._allocate(data.numel())
         try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(buffering=0, prefix="bnexp-")  # noqa: SIM115
             self._file.seek(offset)
             host = data.cpu()
             rest = _view(host)
@@ -218,7 +233,7 @@ class Store:
             raise
         return offset, data.numel()
 
-    def take(self, place: object, storage: torch.UntypedStorage) -> None:
+    def read(self, place: Place, storage: torch.UntypedStorage) -> None:
         """Copy the bytes back into `storage`, of the same size, and free their place."""
         data = _as_tensor(storage)
         if isinstance(place, Tensor):
@@ -258,8 +273,12 @@ class Store:
                 merged.append((start, room))
         self._free = merged
 
+    @functools.cached_property
+    def _file(self) -> io.FileIO:
+        return tempfile.TemporaryFile(buffering=0, prefix="bnexp-")
+
     def close(self) -> None:
-        if self._file is not None:
+        if "_file" in vars(self):
             self._file.close()
 
 

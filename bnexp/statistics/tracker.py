@@ -9,6 +9,7 @@ device.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -18,21 +19,15 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm
-from bnexp.nn.convert import convert_batchnorm, unsupported_layers
-from bnexp.nn.layers import batchnorm_layers, original_module
-from bnexp.statistics.rules import (
-    Cumulative,
-    Ema,
-    Estimator,
-    Pooled,
-    average_,
-    decay_of,
-    initial_mass,
-    pool_,
-    pool_window_,
-    pooled_value,
-)
-from bnexp.statistics.statistics import Statistics
+from bnexp.nn.convert import followed_layers
+from bnexp.nn.find import batchnorm_layers, refuse_replicas
+from bnexp.ranks import Ranks, choose_ranks
+from bnexp.statistics.banks import Bank
+from bnexp.statistics.rules import Rule
+from bnexp.statistics.statistics import Statistics, check_range
+from bnexp.torch_internals import BatchNormBase, outside_of_graphs, version
+
+_Conversion = tuple[TrackedBatchNorm, type[BatchNormBase]]
 
 # How many sets of layers that took part in a step are remembered on the device.
 _PATTERNS = 64
@@ -66,7 +61,9 @@ class StatisticsTracker:
     * activation checkpointing: the forward pass that is repeated inside the backward pass does
       not count again (with plain PyTorch layers it does). Checkpointing a compiled model is not
       supported while it is tracked;
-    * layers with `track_running_stats=False` are left alone.
+    * layers with `track_running_stats=False` are left alone, and so is a layer while its
+      `momentum` is set to None, as `torch.optim.swa_utils.update_bn` and the like do and undo: it
+      averages by itself, into its buffers.
 
     **The buffers** are views into the tracker's memory. `model.to(...)`, `half()` and
     `load_state_dict` work at any time. A first estimator that is a plain `Ema` goes on from
@@ -77,39 +74,47 @@ class StatisticsTracker:
     Sums are kept in float64 (float32 on MPS, which has no other).
 
     Args:
-        model: any module; its BN layers must be `torch.nn`'s, bnexp's, or subclasses of bnexp's.
+        model: any module with BN layers of `torch.nn` or bnexp, or subclasses of them that call
+            `F.batch_norm`.
         estimators: name -> rule. Before its first mini-batch, each reports the running buffers
             that the layer had when the tracker was made.
+        ranks: `bnexp.ranks.Alone()` to follow this rank's mini-batches alone in a process group
+            of several ranks.
 
     Raises:
         UserError: no estimators, something else than an estimator, a layer that can't be
-            followed (`SyncBatchNorm`, a foreign subclass with its own forward, a lazy layer
-            without shape), or a model that has a tracker already. Nothing has changed then.
+            followed (`SyncBatchNorm`, a lazy layer without shape), a model that has a tracker
+            already, or one of several ranks where `ranks` chooses nothing; nothing has changed
+            then. In a forward pass: a subclass with a forward of its own that never calls
+            `F.batch_norm`.
     """
 
-    def __init__(self, model: nn.Module, estimators: Mapping[str, Estimator]) -> None:
+    def __init__(
+        self, model: nn.Module, estimators: Mapping[str, Rule], ranks: Ranks | None = None
+    ) -> None:
         if not estimators:
             raise UserError("StatisticsTracker needs at least one estimator, such as Ema(0.9)")
         for name, rule in estimators.items():
-            if not isinstance(rule, Ema | Cumulative | Pooled):
+            if not isinstance(rule, Rule):
                 raise UserError(
                     f"estimator {name!r} is {rule!r}: use Ema(decay), Cumulative() or Pooled()"
                 )
+        choose_ranks(ranks, "a StatisticsTracker")
         self.estimators = dict(estimators)
         self._layers, self._converted = _tracked_layers(model)
         self._groups: list[_Group] = []
         self._closed = False
-        # For layers inside a compiled graph: the update itself is not to be traced. Unlike
-        # torch.compiler.disable, this imports the compiler, for a second, when it is called first.
-        self._feed = torch._disable_dynamo(lambda: self._feed_layer())
+        # For layers inside a compiled graph: the update itself is not to be traced.
+        self._feed = outside_of_graphs(lambda: self._feed_layer())
         self._attach()
 
     def update(self) -> None:
         """Feed the batch moments that are waiting to all estimators. Call after each forward.
 
-        Mutates the estimators and the running buffers; needs no gradients and never waits for
-        the device. Does nothing if no layer ran since the last call. In a CUDA graph, capture it
-        together with the forward pass, after a step outside of the graph.
+        Mutates the estimators and the running buffers; needs no gradients. Does nothing if no
+        layer ran since the last call. Never waits for the device, unless buffers are float16: a
+        variance beyond their range raises UserError. In a CUDA graph, capture it together with
+        the forward pass, after a step outside of the graph.
         """
         if not self._closed:
             self._take_in(self._adopt_moved_buffers())
@@ -150,7 +155,10 @@ class StatisticsTracker:
             mean: dict[str, Tensor] = {}
             var: dict[str, Tensor] = {}
             for group in self._groups:
-                value = group.value(name).to(group.shown.dtype)
+                value = group.value(name)
+                if group.half:
+                    check_range(f"estimate {name!r}", value, torch.float16)
+                value = value.to(group.shown.dtype)
                 for layer, columns in group.columns.items():
                     mean[layer], var[layer] = value[0, columns].clone(), value[1, columns].clone()
             result[name] = Statistics(
@@ -295,13 +303,13 @@ class _Group:
 
     batch: (2, C), the slots: batch means and unbiased variances. shown: (2, C), the layers'
     running buffers. counts: (2, L), `num_batches_tracked` and the mini-batches fed since the
-    tracker was made; turn: (C,), the latter by channel. averages: (E, 2, C) and mass: (E, 1, C),
-    see `average_`. pools: name -> rule and blocks (B, 3, C), see `pool_window_`.
+    tracker was made. start: (2, C), the running buffers when it was made, in the dtype of the sums.
+    banks: the estimators, by kind.
     """
 
     def __init__(
         self,
-        rules: Mapping[str, Estimator],
+        rules: Mapping[str, Rule],
         feed: Callable[[], None],
         layers: Mapping[str, TrackedBatchNorm],
         index: list[int],
@@ -346,49 +354,38 @@ class _Group:
             self.views.append((layer, views))
             # One counter for each: a compiled layer's writes count, a native kernel's don't.
             mean, var = self.batch[:, columns]
-            layer.slot = MomentsSlot(feed, mean.data, var.data)
+            unused = layer.slot is not None and layer.slot.unused
+            layer.slot = MomentsSlot(feed, mean.data, var.data, unused)
             self.slots.append(layer.slot)
 
-        averaging = {name: rule for name, rule in rules.items() if not isinstance(rule, Pooled)}
-        self.row = {name: row for row, name in enumerate(averaging)}
-        channels = self.shown.shape[1]
-        options = {
-            "dtype": torch.float32 if device.type == "mps" else torch.float64,
-            "device": device,
-        }
-        self.untouched = self.shown.to(**options, copy=True)
-        self.averages = self.untouched.repeat(len(averaging), 1, 1)
-        decays = [decay_of(rule) for rule in averaging.values()]
-        self.decay = torch.tensor(decays, **options).view(-1, 1, 1)
-        masses = [initial_mass(rule) for rule in averaging.values()]
-        self.mass = torch.tensor(masses, **options).view(-1, 1, 1).repeat(1, 1, channels)
-        self.pools = {
-            name: (rule, torch.zeros(rule.blocks, 3, channels, **options))
-            for name, rule in rules.items()
-            if isinstance(rule, Pooled)
-        }
-        self.turn = torch.zeros(channels, dtype=torch.int64, device=device)
-        self.values: list[int] = []
-        self.count = self.untouched[0]
-        self.seen: dict[tuple[bool, ...], tuple[Tensor, Tensor]] = {}
+        kept_in = torch.float32 if device.type == "mps" else torch.float64
+        self.start = self.shown.to(kept_in, copy=True)
+        by_kind: dict[type[Bank], dict[str, Rule]] = defaultdict(dict)
+        for name, rule in rules.items():
+            by_kind[rule.bank()][name] = rule
+        self.banks = {kind: kind(mine, self.start) for kind, mine in by_kind.items()}
+        self.bank_of = {name: self.banks[rule.bank()] for name, rule in rules.items()}
         self.shows = next(iter(rules))
-        first = rules[self.shows]
-        self.continues_from_buffers = isinstance(first, Ema) and not first.debias
+        self.half = self.shown.dtype == torch.float16
+        self.values: list[int] = []
+        self.count = self.start[0]
+        self.seen: dict[tuple[bool, ...], tuple[Tensor, Tensor]] = {}
 
     def update(self) -> None:
         filled = tuple(slot.filled for slot in self.slots)
         for slot in self.slots:
             slot.filled = slot.busy = slot.moved = False
-        if self.continues_from_buffers and self.buffers._version != self.known_version:
-            self._take_over_buffers()
+        if version(self.buffers) != self.known_version:
+            self.bank_of[self.shows].follow(self.shows, self.shown)
+            self.known_version = version(self.buffers)
         if not any(filled):
             return
         channels, layers = (None, 1) if all(filled) else self._which(filled)
-        batch = self.batch.to(self.untouched.dtype)
-        if self.row:
-            average_(self.averages, self.mass, self.decay, batch, channels)
-        if self.pools:
-            self._pool(batch, channels)
+        batch = self.batch.to(self.start.dtype)
+        if self.half:
+            self._check_half_precision()
+        for bank in self.banks.values():
+            bank.update(batch, self._counts, channels)
         self.counts.add_(layers)
         self.show(channels)
 
@@ -402,34 +399,35 @@ class _Group:
             self.seen[filled] = layers.repeat_interleave(self.widths).to(device), layers.to(device)
         return self.seen[filled]
 
-    def _take_over_buffers(self) -> None:
-        """Something else has written into the buffers: the first EMA goes on from there."""
-        running = self.averages[self.row[self.shows]]
-        running.copy_(torch.where(self.shown == running.to(self.shown.dtype), running, self.shown))
-        self.known_version = self.buffers._version
+    def _check_half_precision(self) -> None:
+        """The kernel left a variance beyond 65504 as infinity; of an input with infinities in it
+        the mean is infinite too."""
+        mean, var = self.batch
+        if bool((mean.isfinite() & var.isinf()).any()):
+            raise UserError(
+                "the variance of a mini-batch in a BN layer is beyond 65504, the largest number of "
+                "its float16 buffers: keep BN layers in float32 (layer.float(); inputs may be of "
+                "less)"
+            )
 
-    def _pool(self, batch: Tensor, channels: Tensor | None) -> None:
+    def _counts(self) -> Tensor:
+        """(C,) values per channel in this mini-batch, uploaded when they change."""
         values = [slot.values for slot in self.slots]
         if values != self.values:
             count = torch.tensor(values).repeat_interleave(self.widths)
-            self.count = count.to(batch.device, batch.dtype)
+            self.count = count.to(self.start.device, self.start.dtype)
             self.values = values
-        for rule, blocks in self.pools.values():
-            if rule.window is None:
-                pool_(blocks[0], self.count, batch, channels)
-            else:
-                pool_window_(blocks, self.turn, rule.block_length, self.count, batch, channels)
-        self.turn.add_(1 if channels is None else channels)
+        return self.count
 
     def value(self, name: str) -> Tensor:
         """(2, C) means and variances by the estimator `name`; may be its own memory."""
-        if name in self.row:
-            return self.averages[self.row[name]]
-        return pooled_value(self.pools[name][1], self.untouched)
+        return self.bank_of[name].value(name)
 
     def show(self, channels: Tensor | None) -> None:
         """Write the first estimator into the running buffers of the channels (C,) bool, or all."""
         value = self.value(self.shows)
+        if self.half:
+            check_range("running statistics", value, torch.float16)
         self.shown.copy_(value if channels is None else torch.where(channels, value, self.shown))
 
     def state(self) -> list[tuple[str, Tensor, int, Tensor, int]]:
@@ -437,33 +435,20 @@ class _Group:
         the model's they are, and how many the model has."""
         of_layers = (self.layer_index, self.layers_in_all)
         of_channels = (self.channel_index, self.channels_in_all)
+        banks = {name: t for bank in self.banks.values() for name, t in bank.state().items()}
         return [
             ("mini_batches", self.counts[1], 0, *of_layers),
-            ("untouched", self.untouched, 1, *of_channels),
-            ("averages", self.averages, 2, *of_channels),
-            ("mass", self.mass, 2, *of_channels),
-            ("turn", self.turn, 0, *of_channels),
-            *(
-                (f"pool {name}", blocks, 2, *of_channels)
-                for name, (_, blocks) in self.pools.items()
-            ),
+            ("untouched", self.start, 1, *of_channels),
+            *((name, tensor, tensor.dim() - 1, *of_channels) for name, tensor in banks.items()),
         ]
 
 
-def _tracked_layers(
-    model: nn.Module,
-) -> tuple[dict[str, TrackedBatchNorm], list[tuple[TrackedBatchNorm, type[nn.Module]]]]:
+def _tracked_layers(model: nn.Module) -> tuple[dict[str, TrackedBatchNorm], list[_Conversion]]:
     """The layers to follow, as bnexp's layers, and those converted for it with their own class."""
+    refuse_replicas(model)
     layers = batchnorm_layers(model)
-    module = original_module(model)
-    for name, layer in unsupported_layers(module).items():
-        raise UserError(
-            f"layer {name!r} is a {type(layer).__name__}, a class of its own that a "
-            "StatisticsTracker cannot follow; use torch.nn.BatchNorm1d/2d/3d or subclass bnexp's"
-        )
-    layers = {name: layer for name, layer in layers.items() if layer.running_mean is not None}
     for name, layer in layers.items():
-        if layer.running_mean.is_meta:
+        if layer.running_mean is not None and layer.running_mean.is_meta:
             raise UserError(
                 f"layer {name!r} is on the meta device, without memory: give it some first, by "
                 "to_empty(device=...)"
@@ -473,12 +458,15 @@ def _tracked_layers(
                 f"layer {name!r} has a StatisticsTracker already: close() it, or give all "
                 "estimators to one tracker"
             )
-    converted = [
-        (layer, type(layer)) for layer in layers.values() if not isinstance(layer, TrackedBatchNorm)
+    classes = {name: type(layer) for name, layer in layers.items()}
+    followed = followed_layers(model)
+    for name in [name for name, layer in followed.items() if layer.running_mean is None]:
+        followed.pop(name).__class__ = classes[name]
+    return followed, [
+        (layer, classes[name])
+        for name, layer in followed.items()
+        if classes[name] is not type(layer)
     ]
-    for layer, _ in converted:
-        convert_batchnorm(layer)
-    return layers, converted
 
 
 def _on_host(dtype: torch.dtype) -> torch.dtype:

@@ -19,7 +19,7 @@ import torch
 from bnexp.atomic import replacing, write_atomically
 from bnexp.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _UNREADABLE = (RuntimeError, EOFError, ValueError, KeyError, NotImplementedError, OSError)
 
 
@@ -77,9 +77,26 @@ def load_checkpoint(path: Path) -> dict:
     except (zipfile.BadZipFile, zlib.error, *_UNREADABLE) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is damaged: {reason}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in (1, FORMAT):
         raise UserError(f"{path} is not a checkpoint of this version of bnexp")
-    return state
+    return state if state["format"] == FORMAT else _upgraded(state)
+
+
+def _upgraded(state: dict) -> dict:
+    """A checkpoint of format 1, which had the guards' numbers side by side, as one of format 2."""
+    state = dict(state)
+    names = {
+        "collapse": {"best": "best_ema_accuracy", "checks_at_chance": "checks_at_chance"},
+        "best": {
+            "metric": "best_metric",
+            "step": "best_step",
+            "evaluations_since": "evaluations_without_improvement",
+        },
+    }
+    for guard, former in names.items():
+        if set(former.values()) <= state.keys():
+            state[guard] = {new: state.pop(old) for new, old in former.items()}
+    return {**state, "format": FORMAT}
 
 
 def _verify(path: Path) -> None:
@@ -98,7 +115,7 @@ def newest_checkpoint(folder: Path) -> tuple[dict | None, list[str]]:
     None if the run died before its first checkpoint; UserError if there are only damaged ones.
     """
     paths = [path for path in [*step_checkpoints(folder), folder / "best.pt"] if path.exists()]
-    damaged = []
+    damaged: list[UserError] = []
     for path in paths:
         try:
             return load_checkpoint(path), [f"{error}; using the one before" for error in damaged]

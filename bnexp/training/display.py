@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import warnings
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,12 +14,58 @@ PLAIN_SECONDS = 10.0
 MEDIUM, WIDE = 78, 110  # columns for the rate of images, and for everything
 
 
+class Display(Protocol):
+    """What a training tells while it runs. Use it as a context manager."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def step(self, step: int, images: int) -> bool:
+        """Note that update `step` was launched; True when fresh numbers should be shown."""
+        ...
+
+    def numbers(self, row: tuple | None) -> None:
+        """Show a row of steps.csv."""
+
+    def test_accuracy(self, accuracy: float, step: int) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+class Silent:
+    """Shows nothing; warnings are Python's."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, step: int, images: int) -> bool:
+        return False
+
+    def numbers(self, row: tuple | None) -> None:
+        pass
+
+    def test_accuracy(self, accuracy: float, step: int) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        warnings.warn(text, stacklevel=2)
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True  # whoever watched is gone; the run goes on
 
 
-class Display:
+class Terminal:
     """Progress and warnings on stderr. Use it as a context manager."""
 
     def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None):
@@ -48,7 +96,7 @@ class Display:
     def _is_wide(self) -> bool:
         return not self.console.is_terminal or self.console.width >= WIDE
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Terminal:
         if self._progress:
             self._progress.start()
         return self
@@ -89,3 +137,6 @@ class Display:
 
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.line(f"bnexp: {text}")

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bnexp.atomic import write_atomically
-from bnexp.config import load_config, resolve
+from bnexp.config import Config, resolve
 from bnexp.dotted import dotted, within
 from bnexp.errors import UserError
 from bnexp.records import Run
 from bnexp.records.environment import describe_resume
-
-if TYPE_CHECKING:
-    import torch
-
-    from bnexp.config import Config
-    from bnexp.training.session import Session
+from bnexp.training.build import Training, freeze_when_due
+from bnexp.training.checkpoints import newest_checkpoint, remove_torn, step_checkpoints
+from bnexp.training.display import Display
 
 Changes = dict[str, list[Any]]
 """Dotted key -> its value before and after."""
@@ -40,17 +34,10 @@ MAY_CHANGE = (
 LENGTH = ("training.epochs", "training.steps")
 
 
-def resumed_config(run: Run, path: str | None, assignments: list[str]) -> tuple[Config, Changes]:
-    """The config to go on with, and what it changes of the run's own.
-
-    It is the run's, or the one at `path`, with the overrides `assignments`. Raises UserError,
-    with the keys, where another model, data or training would be continued.
-    """
-    before = dotted(run.config)
-    if path is None:
-        config = resolve(run.config, assignments, f"{run.path}/config.yaml")
-    else:
-        config = load_config(Path(path), assignments)
+def changes_of(run: Run, config: Config) -> Changes:
+    """What `config` changes of the run's own. UserError, with the keys, where another model, data
+    or training would be continued."""
+    before = dotted(resolve(run.config, [], f"{run.path}/config.yaml").model_dump(mode="json"))
     after = dotted(config.model_dump(mode="json"))
     changes = {
         key: [before.get(key), after.get(key)]
@@ -68,46 +55,43 @@ def resumed_config(run: Run, path: str | None, assignments: list[str]) -> tuple[
             f"{run.path} averages weights from a share of the run on (training.averages.swa): "
             "another length would move that start; resume it without changing its length"
         )
-    return config, changes
+    return changes
 
 
-def resume(run: Run, config: Config, device: torch.device, changes: Changes) -> Session:
-    """A session that goes on from the run's newest whole checkpoint, or from the beginning.
+def go_on(run: Run, training: Training, changes: Changes, display: Display) -> None:
+    """Go on from the run's newest whole checkpoint, if it has one. Mutates `training.state`.
 
     Records the resume in environment.json, writes config.yaml anew, and removes what lies beyond
     the checkpoint. The caller holds the run's lock. Raises UserError if there is nothing to do.
     """
-    from bnexp.training.checkpoints import newest_checkpoint, remove_torn, step_checkpoints
-    from bnexp.training.session import Session
-
+    config, state = training.config, training.state
     run.checkpoints.mkdir(exist_ok=True)
-    state, passed_over = newest_checkpoint(run.checkpoints)
+    found, passed_over = newest_checkpoint(run.checkpoints)
     for line in passed_over:
-        print(f"bnexp: {line}", file=sys.stderr)
-    session = Session(config, device)
-    if state is not None:
-        longer = session.total_steps > state["step"] and _may_go_on(state.get("stopped"), changes)
+        display.warn(line)
+    if found is not None:
+        longer = training.total_steps > found["step"] and _may_go_on(found["stopped"], changes)
         if _finished(run) and not longer:
             raise UserError(
-                f"{run.path} has finished at step {state['step']}; give it more: training.steps=N"
+                f"{run.path} has finished at step {found['step']}; give it more: training.steps=N"
             )
-        if session.total_steps < state["step"]:
+        if training.total_steps < found["step"]:
             raise UserError(
-                f"{run.path} has done {state['step']} steps already, so its length can't become "
-                f"{session.total_steps}"
+                f"{run.path} has done {found['step']} steps already, so its length can't become "
+                f"{training.total_steps}"
             )
-        session.load_state_dict(state)
-        _allow_what_changed(session, changes)
+        state.load_state_dict(found)
+        freeze_when_due(training)
+        _allow_what_changed(training, changes, display)
         for newer in step_checkpoints(run.checkpoints):
-            if newer.name > f"step-{session.step:09d}.pt":
+            if newer.name > f"step-{state.step:09d}.pt":
                 newer.unlink()
     for folder in (run.path, run.checkpoints):
         remove_torn(folder)
     environment = run.environment
-    environment.setdefault("resumes", []).append(describe_resume(session.step, changes))
+    environment.setdefault("resumes", []).append(describe_resume(state.step, changes))
     run.write_json("environment.json", environment)
-    write_atomically(run.path / "config.yaml", config.to_yaml())
-    return session
+    run.write("config.yaml", config.to_yaml())
 
 
 def _finished(run: Run) -> bool:
@@ -122,17 +106,16 @@ def _may_go_on(stopped: str | None, changes: Changes) -> bool:
     return not stopped or any(within(key, (*LENGTH, "training.early_stopping")) for key in changes)
 
 
-def _allow_what_changed(session: Session, changes: Changes) -> None:
-    if session.stopped and _may_go_on(session.stopped, changes):
-        session.stopped = None
-        session.evaluations_without_improvement = 0
+def _allow_what_changed(training: Training, changes: Changes, display: Display) -> None:
+    state = training.state
+    if state.stopped and _may_go_on(state.stopped, changes):
+        state.stopped = None
+        state.best.evaluations_since = 0
     if "training.early_stopping.metric" in changes or "training.early_stopping" in changes:
-        session.best_metric = None
-        session.evaluations_without_improvement = 0
-    schedule = session.config.training.schedule.name
+        state.best.forget()
+    schedule = training.config.training.schedule.name
     if any(key in changes for key in LENGTH) and schedule not in ("constant", "plateau"):
-        print(
-            f"bnexp: with another length the {schedule} schedule is stretched: the learning rate "
-            "jumps where the run goes on",
-            file=sys.stderr,
+        display.warn(
+            f"with another length the {schedule} schedule is stretched: the learning rate jumps "
+            "where the run goes on"
         )

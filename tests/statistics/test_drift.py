@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from bnexp.errors import UserError
+from bnexp.nn.find import layer_eps
 from bnexp.statistics import Statistics, layer_drift
 
 
@@ -40,8 +42,23 @@ def test_by_hand():
 def test_refusals():
     a = statistics(x=([1.0], [1.0]))
     with pytest.raises(UserError, match="in common"):
-        layer_drift(a, statistics(y=([1.0], [1.0])))
+        layer_drift(a, statistics(y=([1.0], [1.0])), 1e-5)
     with pytest.raises(UserError, match="different models"):
-        layer_drift(a, statistics(x=([1.0, 2.0], [1.0, 2.0])))
+        layer_drift(a, statistics(x=([1.0, 2.0], [1.0, 2.0])), 1e-5)
     with pytest.raises(UserError, match="eps"):
         layer_drift(a, a, eps=0)
+    with pytest.raises(UserError, match="no eps for layer 'x'"):
+        layer_drift(a, a, eps={"y": 1e-5})
+
+
+def test_each_layer_has_its_own_eps():
+    model = nn.Sequential(nn.BatchNorm1d(2, eps=1e-3), nn.BatchNorm1d(2))
+    assert layer_eps(torch.compile(model, backend="eager")) == {"0": 1e-3, "1": 1e-5}
+    a = statistics(**{"0": ([1.0, 0.0], [1e-3, 1.0]), "1": ([1.0, 0.0], [1e-3, 1.0])})
+    b = statistics(**{"0": ([0.0, 0.0], [1e-4, 1.0]), "1": ([0.0, 0.0], [1e-4, 1.0])})
+    drifts = {row.name: row for row in layer_drift(a, b, layer_eps(model))}
+    for name, eps in layer_eps(model).items():
+        assert drifts[name].worst_mean_drift == pytest.approx(1 / math.sqrt(1e-4 + eps))
+        assert drifts[name].worst_log_var_drift == pytest.approx(
+            math.log((1e-3 + eps) / (1e-4 + eps))
+        )

@@ -4,7 +4,7 @@ import pytest
 
 from bnexp.memory_size import format_bytes
 from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep
-from bnexp.statistics.spill import Store
+from bnexp.statistics.spill import OffloadStore
 
 
 def test_all_wait_for_all():
@@ -95,17 +95,17 @@ def test_the_store_uses_freed_room_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     generator = torch.Generator().manual_seed(0)
-    store = Store(host_bytes=1000)
+    store = OffloadStore(host_bytes=1000)
     kept = {}
     for step in range(300):
         size = int(torch.randint(1, 4000, (1,), generator=generator))
         data = torch.randint(0, 255, (size,), dtype=torch.uint8, generator=generator)
-        kept[step] = (data.clone(), store.put(data.untyped_storage()))
+        kept[step] = (data.clone(), store.write(data.untyped_storage()))
         if len(kept) > 5:
             oldest = sorted(kept)[step % 3]
             expected, place = kept.pop(oldest)
             back = torch.zeros_like(expected)
-            store.take(place, back.untyped_storage())
+            store.read(place, back.untyped_storage())
             assert torch.equal(back, expected)
     assert store._end < 12 * 4000
     store.close()

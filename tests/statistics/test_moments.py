@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnexp.statistics import Moments, moments
+from bnexp.statistics.moments import Moments, moments
 
 SHAPES = [(17, 5), (20_000, 8), (128, 32, 28, 28), (6, 3, 50), (3, 4, 5, 6, 7), (2, 2048, 3, 3)]
 LAYOUTS = ["contiguous", "channels_last", "strided"]

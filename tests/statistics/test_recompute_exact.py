@@ -15,7 +15,8 @@ from torch import nn
 
 import bnexp
 from bnexp.errors import UserError
-from bnexp.statistics import batchnorm_layers, recompute_statistics
+from bnexp.nn.find import batchnorm_layers
+from bnexp.statistics import recompute_statistics
 
 
 def torchvision_model(name: str, size: int = 64, **options):

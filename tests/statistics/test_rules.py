@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from typing import Annotated
+
 import numpy as np
+import pydantic
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnexp.errors import UserError
-from bnexp.statistics.rules import (
-    Cumulative,
-    Ema,
-    Pooled,
-    average_,
-    decay_of,
-    initial_mass,
-    pool_window_,
-    pooled_value,
-)
+from bnexp.statistics.banks import average_, pool_window_, pooled_value
+from bnexp.statistics.rules import Cumulative, Ema, Estimator, Pooled
 
 
 @pytest.mark.parametrize("decay", [1, 1.0, -0.1, 2, float("nan"), "0.9", None, True])
@@ -35,10 +32,11 @@ def test_windows_that_make_no_sense_are_refused(window):
 
 def run_average(rule, batches, start):
     values = torch.from_numpy(start).double().reshape(1, 2, -1).clone()
-    mass = torch.full((1, 1, values.shape[2]), initial_mass(rule), dtype=torch.float64)
-    decay = torch.tensor(decay_of(rule), dtype=torch.float64).view(1, 1, 1)
+    start = torch.tensor(rule.initial_weight_sum, dtype=torch.float64)
+    weight_sum = start.expand(1, 1, values.shape[2]).clone()
+    decay = torch.tensor(rule.decay, dtype=torch.float64).view(1, 1, 1)
     for batch, seen in batches:
-        average_(values, mass, decay, torch.from_numpy(batch), seen)
+        average_(values, weight_sum, decay, torch.from_numpy(batch), seen)
     return values[0].numpy()
 
 
@@ -147,3 +145,41 @@ def test_pooled_channels_keep_their_own_place_in_the_ring():
             else:
                 expected = [7.0, 7.0]
             np.testing.assert_allclose(value[:, channel], expected)
+
+
+def test_rules_are_sections_of_a_config():
+    adapter = pydantic.TypeAdapter(Annotated[Estimator, pydantic.Field(discriminator="rule")])
+    for section, rule in [
+        ({"rule": "ema"}, Ema(0.9)),
+        ({"rule": "ema", "decay": 0.99, "debias": True}, Ema(0.99, debias=True)),
+        ({"rule": "cumulative"}, Cumulative()),
+        ({"rule": "pooled"}, Pooled()),
+        ({"rule": "pooled", "window": 8}, Pooled(8)),
+    ]:
+        assert adapter.validate_python(section) == rule
+        dumped = adapter.dump_python(rule)
+        assert next(iter(dumped)) == "rule" and section.items() <= dumped.items()
+        assert adapter.validate_python(dumped) == rule
+    for wrong in (
+        {"rule": "ema", "decay": 1.0},
+        {"rule": "ema", "momentum": 0.1},
+        {"rule": "pooled", "window": 0},
+        {"rule": "median"},
+    ):
+        with pytest.raises(pydantic.ValidationError):
+            adapter.validate_python(wrong)
+    described = adapter.json_schema()["$defs"]["Ema"]["properties"]["decay"]["description"]
+    assert "Weight kept on the old value" in described
+
+
+def test_labels():
+    assert Ema(0.9).label() == "decay 0.9"
+    assert Ema(0.99, debias=True).label() == "decay 0.99, debiased"
+    assert Cumulative().label() == "cumulative average"
+    assert Pooled(8).label() == "pooled over 8 steps"
+    assert Pooled().label() == "pooled over all steps"
+
+
+def test_rules_are_read_without_torch():
+    script = "import sys, bnexp.statistics.rules; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -1,0 +1,106 @@
+"""The private names of torch that bnexp relies on, each with a test that it is still there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn, overrides
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # noqa: F401
+from torch.nn.parameter import is_lazy  # noqa: F401
+from torch.utils import _python_dispatch
+
+SavedTensorHooks = tuple[Callable, Callable]
+
+
+def original_module(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, or `model` itself.
+
+    Layers are thus named alike with and without compiling.
+    """
+    return getattr(model, "_orig_mod", model)
+
+
+def in_backward() -> bool:
+    """True where activation checkpointing runs a forward pass again, inside the backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def in_transform(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for others inside `torch.vmap` or a transform of `torch.func`."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def outside_of_graphs(function: Callable[[], None]) -> Callable[[], None]:
+    """`function`, called as it is by compiled code.
+
+    Unlike `torch.compiler.disable`, this imports the compiler, for a second, when it is called
+    first.
+    """
+    return torch._disable_dynamo(function)
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written to in place, through itself or a view of it."""
+    return tensor._version
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` calls forward hooks of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def function_modes() -> int:
+    """How many function modes this thread has entered."""
+    return overrides._len_torch_function_stack()
+
+
+def pop_function_mode() -> Any:
+    return overrides._pop_mode()
+
+
+def push_function_mode(mode: Any) -> None:
+    overrides._push_mode(mode)
+
+
+def dispatch_modes() -> int:
+    """How many dispatch modes this thread has entered."""
+    return _python_dispatch._len_torch_dispatch_stack()
+
+
+def pop_dispatch_mode() -> Any:
+    return _python_dispatch._pop_mode()
+
+
+def push_dispatch_mode(mode: Any) -> None:
+    _python_dispatch._push_mode(mode)
+
+
+def saved_tensor_hooks() -> SavedTensorHooks | None:
+    """The innermost (pack, unpack) that autograd saves tensors by in this thread."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def pop_saved_tensor_hooks() -> None:
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def push_saved_tensor_hooks(hooks: SavedTensorHooks) -> None:
+    torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """What tells a living storage from all others, whichever Python object stands for it."""
+    return storage._cdata
+
+
+def attention_order() -> list[int]:
+    """Kernels of scaled dot product attention by preference, as numbers."""
+    return torch._C._get_sdp_priority_order()
+
+
+def set_attention_order(order: list[int]) -> None:
+    torch._C._set_sdp_priority_order(order)
