@@ -2,10 +2,10 @@
 
     python benchmarks/busy.py [--rounds N] [--images N]
 
-Prints Markdown. Every figure is a process of its own with as many threads as cores, alone and beside
-one busy process per core. A fair share beside those is half of the machine, so that twice the quiet
-time is fair and what is beyond it was lost to threads that spin while they wait. The `bnexp` command
-sets the second line where the user has set nothing.
+Prints Markdown. Every figure is a process of its own with as many threads as cores, alone and
+beside one busy process per core. A fair share beside those is half of the machine, so that twice
+the quiet time is fair and what is beyond it was lost to threads that spin while they wait. The
+`bnexp` command sets the second line where the user has set nothing.
 """
 
 from __future__ import annotations

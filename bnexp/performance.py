@@ -18,9 +18,9 @@ def wait_briefly() -> None:
     """Let OpenMP's threads spin for some microseconds only before they sleep until there is work.
 
     By default libgomp's spin for milliseconds, which on a machine whose cores are busy with other
-    work slows PyTorch down far beyond its share (`benchmarks/busy.py`). Sets an environment variable
-    that libgomp reads when torch is imported, so call it before; does nothing where the user has set
-    one of `WAITING`.
+    work slows PyTorch down far beyond its share (`benchmarks/busy.py`). Sets an environment
+    variable that libgomp reads when torch is imported, so call it before; does nothing where the
+    user has set one of `WAITING`.
     """
     if not any(name in os.environ for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = "10000"

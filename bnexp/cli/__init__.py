@@ -29,6 +29,7 @@ app.command()(commands.report)
 app.command()(commands.runs)
 app.command()(commands.compare)
 app.command()(commands.config)
+app.command()(commands.export)
 app.command()(commands.init)
 app.command()(commands.models)
 

@@ -13,7 +13,7 @@ from bnexp.errors import UserError
 
 
 def run_init(name: str | None, path: Path | None) -> None:
-    """Write the shipped config `name`, comments and all, to `path` (NAME.yaml); list them without."""
+    """Write the shipped config `name` to `path` (NAME.yaml); without a name, list them."""
     if name is None:
         for known, file in shipped_configs().items():
             print(f"{known:18}{_first_sentence(file.read_text(encoding='utf-8'))}")
@@ -25,8 +25,8 @@ def run_init(name: str | None, path: Path | None) -> None:
     target = path or Path(f"{name}.yaml")
     text = shipped_configs()[name].read_text(encoding="utf-8")
     try:
-        with open(target, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(target, "x", encoding="utf-8") as opened:
+            opened.write(text)
     except FileExistsError:
         raise UserError(
             f"{target} exists already; name another file: bnexp init {name} FILE"
