@@ -185,3 +185,42 @@ def config(
     from bnexp.cli.config import run_config
 
     run_config(path, overrides or [], schema)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder or name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file: .pt or .safetensors.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Which weights: last, best, ema, swa.")
+    ] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help="Which statistics: running, recomputed, or an estimator's name."),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Write a run's network as a plain state_dict that loads without bnexp."""
+    from bnexp.cli.export import run_export
+
+    run_export(run, out, weights, statistics, device)
+
+
+def init(
+    name: Annotated[
+        str | None, typer.Argument(help="A shipped config; without it, they are listed.")
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to; NAME.yaml if left out.")
+    ] = None,
+) -> None:
+    """Write a commented config to start from."""
+    from bnexp.cli.lists import run_init
+
+    run_init(name, path)
+
+
+def models(as_json: Json = False) -> None:
+    """List the networks a config can name."""
+    from bnexp.cli.lists import run_models
+
+    run_models(as_json)

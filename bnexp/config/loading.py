@@ -172,7 +172,9 @@ def _typed(
     value = node.value if isinstance(node, Scalar) else node
     if isinstance(plain, str) and takes_text(kinds) and not (value is None and NoneType in kinds):
         if len(plain) > MAX_TEXT:
-            raise UserError(f"{written_key(location, schema)} has more than {MAX_TEXT:,} characters")
+            raise UserError(
+                f"{written_key(location, schema)} has more than {MAX_TEXT:,} characters"
+            )
         return plain
     if wrong := _misreading(value, kinds):
         raise UserError(f"{written_key(location, schema)} is {shown(plain)}; {wrong}")

@@ -376,7 +376,7 @@ class Elsewhere:
     """Something that no module holds."""
 
     kept = None
-    stack: list = []  # noqa: RUF012
+    stack: list = []
 
 
 class HandedOnElsewhere(Net):
