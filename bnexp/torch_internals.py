@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn, overrides
@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # noqa: F401
 from torch.nn.parameter import is_lazy  # noqa: F401
 from torch.utils import _python_dispatch
 
-Function = TypeVar("Function", bound=Callable)
 SavedTensorHooks = tuple[Callable, Callable]
 
 
@@ -28,7 +27,14 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def outside_of_graphs(function: Function) -> Function:
+def in_transform(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for others inside `torch.vmap` or a transform of `torch.func`."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def outside_of_graphs(function: Callable[[], None]) -> Callable[[], None]:
     """`function`, called as it is by compiled code.
 
     Unlike `torch.compiler.disable`, this imports the compiler, for a second, when it is called

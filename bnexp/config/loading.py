@@ -17,6 +17,8 @@ from bnexp.config.schema import Config
 from bnexp.config.yaml_text import MAX_CHARACTERS, MAX_DEPTH, Scalar, parse_yaml, unshared
 from bnexp.errors import UserError, shown
 
+MAX_TEXT = 4096
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in the YAML file at `path`, with dotted `key=value` overrides applied.
@@ -88,6 +90,8 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         raise UserError(
             f"{shown(assignment)} is no override: write key=value, as in training.steps=500"
         )
+    if len(key) > 1000:
+        raise UserError(f"{said}: no key is that long")
     *parents, last = parts = _split(tree, key)
     if len(parts) > MAX_DEPTH:
         raise UserError(f"{said}: no key lies {len(parts)} sections deep")
@@ -148,6 +152,8 @@ def _typed(node: Any, kinds: Kinds, location: tuple[str | int, ...] = ()) -> Any
     if not isinstance(node, Scalar):
         return node
     if takes_text(kinds) and not (node.value is None and NoneType in kinds):
+        if len(node.text) > MAX_TEXT:
+            raise UserError(f"{written_key(location)} has more than {MAX_TEXT:,} characters")
         return node.text
     return _checked(node.value, kinds, f"{written_key(location)} is {shown(node.text)}")
 

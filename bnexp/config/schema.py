@@ -22,6 +22,7 @@ from pydantic import (
 
 from bnexp.errors import shown
 from bnexp.memory_size import parse_memory
+from bnexp.statistics.rules import Estimator
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
@@ -64,7 +65,7 @@ class DataConfig(Section):
     image_size: Annotated[int, Field(ge=1, le=16384)] | None = None
     """Side of the square that images are resized to; needed where a folder's sizes differ."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that decode the images of an image-folder."""
+    """Threads that decode the images of an image-folder; 0 decodes them between the steps."""
     limit: LimitConfig = LimitConfig()
     """Fewer images than there are, to try something out."""
 
@@ -93,30 +94,6 @@ class ModelConfig(Section):
 
 
 # ---------------------------------------------------------------------------------- statistics
-
-
-class EmaConfig(Section):
-    rule: Literal["ema"]
-    decay: Decay = 0.9
-    """Weight kept on the old value: running = decay * running + (1 - decay) * batch."""
-    debias: bool = False
-    """Start at zero and divide by 1 - decay^t, as Adam does."""
-
-
-class CumulativeConfig(Section):
-    rule: Literal["cumulative"]
-    """The plain average of all batch statistics so far (PyTorch's momentum=None)."""
-
-
-class PooledConfig(Section):
-    rule: Literal["pooled"]
-    window: PositiveInt | None = None
-    """Merge the moments of the last so many mini-batches; without it, of the whole run."""
-
-
-EstimatorConfig = Annotated[
-    EmaConfig | CumulativeConfig | PooledConfig, Field(discriminator="rule")
-]
 
 
 RecomputeMethod = Literal["exact", "pooled", "batch-mean"]
@@ -149,7 +126,7 @@ class RecomputeConfig(Section):
 class StatisticsConfig(Section):
     decay: Decay = 0.9
     """Decay of the running statistics in the layers. PyTorch's momentum is 1 - decay."""
-    estimators: dict[str, EstimatorConfig] = {}
+    estimators: dict[str, Annotated[Estimator, Field(discriminator="rule")]] = {}
     """More estimators fed by the same run, by name; all are evaluated, saved and compared."""
     recompute: RecomputeConfig = RecomputeConfig()
     normalization_batch: Annotated[int, Field(ge=2)] | None = None
@@ -160,9 +137,11 @@ class StatisticsConfig(Section):
     @field_validator("estimators")
     @classmethod
     def _names(cls, estimators: dict) -> dict:
+        if len(estimators) > 1000:
+            raise ValueError("there can't be more than 1000")
         for name in estimators:
             taken = name in ("running", "recomputed", "batch", "none")
-            if taken or not PLAIN_NAME.fullmatch(name):
+            if taken or not PLAIN_NAME.fullmatch(name) or len(name) > 100:
                 raise ValueError(
                     f"{shown(name)} can't name an estimator: running, recomputed, batch and none "
                     "are taken; use letters, digits, '.', '_' and '-'"

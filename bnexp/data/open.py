@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from bnexp.data.folder import SUFFIXES
+from bnexp.data.images import SUFFIXES, read_image
 from bnexp.data.sampling import generator
 from bnexp.errors import UserError
 from bnexp.importing import call, import_object, is_object_name
@@ -34,7 +34,7 @@ class Preparation:
         from torchvision.transforms import v2
 
         channels = len(self.mean) if self.mean is not None else 3
-        steps: list[Any] = [v2.Grayscale()] if channels == 1 else [v2.RGB()]
+        steps: list[Any] = [v2.Grayscale()] if channels == 1 else []
         if self.resize is not None:
             steps.append(v2.Resize(self.resize, antialias=True))
         if self.crop is not None:
@@ -108,14 +108,7 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.items[index]
-        try:
-            with Image.open(path) as image:
-                image.load()
-                return self.transform(image), label
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"{path} is no readable image ({error}); replace or remove it"
-            ) from None
+        return self.transform(read_image(path)), label
 
 
 @dataclass(frozen=True)

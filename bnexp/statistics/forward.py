@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bnexp.errors import NotFinite, UserError
 from bnexp.statistics.moments import Moments
 from bnexp.statistics.progress import Report
+from bnexp.torch_internals import BatchNormBase
+from bnexp.torch_internals import version as version_of
 
 # Normalizing as x·scale + shift in float32 loses log2(|mean| / std) bits; beyond this ratio it
 # is done in float64.
@@ -50,7 +52,7 @@ class Task:
     """
 
     model: nn.Module
-    layers: dict[str, nn.Module]
+    layers: dict[str, BatchNormBase]
     batches: Iterable
     run: Runner
     device: torch.device
@@ -91,7 +93,7 @@ class Runner:
         try:
             self._run(batch)
         finally:
-            self._writes = any(version is None or t._version != version for t, version in before)
+            self._writes = any(version is None or version_of(t) != version for t, version in before)
 
     def __call__(self, batch: Any) -> None:
         if self._writes:
@@ -117,7 +119,7 @@ class Runner:
 
 def _versions(batch: Any) -> list[tuple[Tensor, int | None]]:
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    return [(t, None if t.is_inference() else t._version) for t in tensors]
+    return [(t, None if t.is_inference() else version_of(t)) for t in tensors]
 
 
 def copied(batch: Any) -> Any:

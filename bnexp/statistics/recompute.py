@@ -112,7 +112,7 @@ def recompute_statistics(
     choose_ranks(ranks, "recomputing statistics")
     with (
         reporting(progress, method) as report,
-        _task(model, batches, device, memory, forward, stop_after, calls, report) as task,
+        prepared_task(model, batches, device, memory, forward, stop_after, calls, report) as task,
     ):
         found = METHODS[method](task)
     unreached = [name for name in task.layers if name not in found]
@@ -143,12 +143,12 @@ def estimate_memory(
     Takes the first of `batches` and runs it once. Mutates nothing else.
     """
     report = Report()
-    with _task(model, batches, device, memory, forward, stop_after, "each", report) as task:
+    with prepared_task(model, batches, device, memory, forward, stop_after, "each", report) as task:
         return memory_estimate(task)
 
 
 @contextlib.contextmanager
-def _task(
+def prepared_task(
     model: nn.Module,
     batches: Iterable,
     device: torch.device | str | None,

@@ -11,13 +11,13 @@ from torch import nn
 
 from bnexp.condition import Weights
 from bnexp.config import Config
-from bnexp.config.schema import CumulativeConfig, DataConfig, EmaConfig
+from bnexp.config.schema import DataConfig
 from bnexp.data import Augmentation, Data, DataSettings, load_data
 from bnexp.errors import UserError
 from bnexp.networks import build_model
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
 from bnexp.nn.find import batchnorm_layers
-from bnexp.statistics import Cumulative, Ema, Pooled, StatisticsTracker
+from bnexp.statistics import Ema, StatisticsTracker
 from bnexp.statistics.rules import Estimator
 from bnexp.training.averages import EmaWeights, SwaWeights, WeightAverage
 from bnexp.training.checkpoints import BEST, BEST_ON_TEST
@@ -148,15 +148,7 @@ def freeze_when_due(training: Training) -> None:
 
 
 def _estimators(config: Config) -> dict[str, Estimator]:
-    estimators: dict[str, Estimator] = {"running": Ema(config.statistics.decay)}
-    for name, rule in config.statistics.estimators.items():
-        if isinstance(rule, EmaConfig):
-            estimators[name] = Ema(rule.decay, debias=rule.debias)
-        elif isinstance(rule, CumulativeConfig):
-            estimators[name] = Cumulative()
-        else:
-            estimators[name] = Pooled(window=rule.window)
-    return estimators
+    return {"running": Ema(config.statistics.decay), **config.statistics.estimators}
 
 
 def _averages(

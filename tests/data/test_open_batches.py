@@ -97,5 +97,5 @@ def test_what_the_users_own_code_gives(tmp_path, monkeypatch):
 def test_broken_images_are_named(folder):
     (folder / "cat" / "1.png").write_bytes(b"no image")
     opened = open_batches(str(folder), transform=Preparation().transform(), batch_size=10)
-    with pytest.raises(UserError, match=r"1\.png is no readable image"):
+    with pytest.raises(UserError, match=r"1\.png can't be decoded"):
         list(opened.batches)
