@@ -4,7 +4,7 @@
                                   [--processor-time]
 
 Every variant is a process of its own (the allocator is set before the first allocation) with a
-real training of bnexp: its model, optimizer, estimators and step log, and its evaluation of 10 000
+real training of bnexp: its model, optimizer, estimators and step log, and its evaluation of 10,000
 test images. The two variants of a setting take turns, and which begins alternates; a round gives
 one ratio on / off, and printed are the medians of these with their quartiles. `nothing` compares
 two equal processes: how far its ratios are from 1 is how far the others' may be by chance.
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--models", nargs="+", default=["small-cnn", "resnet20"])
-    parser.add_argument("--quick", action="store_true", help="5 rounds, 1 000 test images")
+    parser.add_argument("--quick", action="store_true", help="5 rounds, 1,000 test images")
     parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -67,7 +67,7 @@ def test_resuming_ends_as_the_whole_run(tmp_path):
         one, other = (r.record.path / "steps.csv" for r in (whole, part))
         assert one.read_bytes() == other.read_bytes()
         part.record.write_state("running", 12, 12)  # as if it had been killed before that
-    with pytest.raises(UserError, match="model.name"):
+    with pytest.raises(UserError, match=r"model\.name"):
         bnexp.run_experiment(resume=part.record, overrides=["model.name=small-cnn"])
 
 

@@ -194,7 +194,7 @@ checkpoints: {every_steps: 9, every_seconds: null}
 
 
 def test_best_weights_that_are_lost_are_not_replaced_by_others_in_silence(bnexp):
-    """Both files of the best evaluation are gone: the run ends with its last weights and says so."""
+    """Both files of the best evaluation are gone: the last weights are taken, and that is said."""
     (bnexp.cwd / "best.yaml").write_text(BEST_CONFIG)
     run = trained(bnexp, "best.yaml")
     assert run.state["weights"] == "best"
@@ -251,7 +251,10 @@ def test_two_signals_end_the_run_at_once_and_its_state_is_true(bnexp, config, nu
     assert done.code == 130, done.stderr
     assert "Traceback" not in done.stderr
     state, newest = run.state, newest_checkpoint(run.checkpoints)[0]
-    assert state["state"] in ("interrupted", "killed")  # killed: the third came while it was written
+    assert state["state"] in (
+        "interrupted",
+        "killed",
+    )  # killed: the third came while it was written
     assert state["step"] in (newest["step"], newest["step"] - 50)
     assert not run.is_locked()
 

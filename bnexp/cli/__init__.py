@@ -20,23 +20,28 @@ from bnexp.errors import (
     disk_failure,
     is_out_of_memory,
 )
+from bnexp.performance import wait_briefly
 
 MESSAGE = 2000
 
 app = typer.Typer(
     help="Train CNNs with batch normalization and measure what its moving averages are worth.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(commands.train)
 app.command("eval")(commands.evaluate)
+app.command()(commands.audit)
 app.command()(commands.report)
 app.command()(commands.runs)
 app.command()(commands.compare)
 app.command()(commands.config)
+app.command()(commands.export)
+app.command()(commands.init)
+app.command()(commands.models)
 
 
 @app.callback(invoke_without_command=True)
@@ -63,6 +68,7 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, interrupt)
     _prepare_streams()
+    wait_briefly()
     try:
         try:
             app(prog_name="bnexp")

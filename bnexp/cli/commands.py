@@ -80,6 +80,51 @@ def evaluate(
     )
 
 
+def audit(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [MODEL] [key=value]...",
+            help="A YAML file; torchvision/NAME, timm/NAME or package.module:callable; overrides.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The model's checkpoint.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Where in the file the weights are.")] = None,
+    population: Annotated[
+        str | None,
+        typer.Option(help="What to recompute from: a folder, or package.module:callable."),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(help="What to score on: a folder per class, or package.module:callable."),
+    ] = None,
+    mend: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write the checkpoint with recomputed statistics."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Mend even where it is said not to help.")
+    ] = False,
+    device: Device = None,
+    name: Annotated[str | None, typer.Option(help="Name of the record's folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a model trained anywhere: verdict, findings, layers; and mend its checkpoint."""
+    from bnexp.cli.audit import run_audit
+
+    options = {
+        "model.weights": weights,
+        "model.key": key,
+        "data.population": population,
+        "data.test": test,
+        "device": device,
+        "name": name,
+    }
+    run_audit(what or [], options, mend, force, as_json)
+
+
 def report(
     runs: Annotated[
         list[str] | None,
@@ -140,3 +185,42 @@ def config(
     from bnexp.cli.config import run_config
 
     run_config(path, overrides or [], schema)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder or name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file: .pt or .safetensors.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Which weights: last, best, ema, swa.")
+    ] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help="Which statistics: running, recomputed, or an estimator's name."),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Write a run's network as a plain state_dict that loads without bnexp."""
+    from bnexp.cli.export import run_export
+
+    run_export(run, out, weights, statistics, device)
+
+
+def init(
+    name: Annotated[
+        str | None, typer.Argument(help="A shipped config; without it, they are listed.")
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to; NAME.yaml if left out.")
+    ] = None,
+) -> None:
+    """Write a commented config to start from."""
+    from bnexp.cli.lists import run_init
+
+    run_init(name, path)
+
+
+def models(as_json: Json = False) -> None:
+    """List the networks a config can name."""
+    from bnexp.cli.lists import run_models
+
+    run_models(as_json)

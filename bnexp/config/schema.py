@@ -22,6 +22,7 @@ from pydantic import (
 
 from bnexp.errors import shown
 from bnexp.memory_size import parse_memory
+from bnexp.statistics.methods import Method
 from bnexp.statistics.rules import Estimator
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -96,12 +97,11 @@ class ModelConfig(Section):
 # ---------------------------------------------------------------------------------- statistics
 
 
-RecomputeMethod = Literal["exact", "pooled", "batch-mean"]
-RECOMPUTE_METHODS = typing.get_args(RecomputeMethod)
+RECOMPUTE_METHODS = typing.get_args(Method)
 
 
 class RecomputeConfig(Section):
-    method: RecomputeMethod = "exact"
+    method: Method = "exact"
     """How population statistics are recomputed; see docs/statistics.md."""
     samples: Annotated[int, Field(ge=2)] | None = 10_000
     """How many training images they are computed over; null takes all."""

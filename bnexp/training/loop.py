@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnexp.analysis.comparison import Comparison
+from bnexp.condition import Condition
 from bnexp.errors import Interrupted, RunFailed
 from bnexp.records import Run
 from bnexp.training.build import Training, autocast, freeze_when_due
@@ -169,6 +170,11 @@ def finish(run: Run, training: Training, logs: Logs, evaluations: Evaluations) -
         else:
             lost = f"the best weights, of step {best}, are lost: these are the last ones"
             message = f"{message}; {lost}" if message else lost
-    comparison = evaluations.compare()
+    moments = [
+        (row["step"], Condition.parse(row["statistics"]), row["accuracy"])
+        for row in run.evals()
+        if row["split"] == "test"
+    ]
+    comparison = evaluations.compare().along_the_run(moments)
     run.write_json("comparison.json", {"step": step, "weights": weights, **comparison.to_dict()})
     return Result(comparison, weights, message)
