@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sessions import DATA, Loop, make_session, wait_for
+from sessions import DATA, Loop, make_training, wait_for
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -136,11 +136,13 @@ def timed(step: Callable[[], None], device: torch.device, warm: int = 3) -> Turn
 def bnexp_turn(
     name: str, device: torch.device, batch_size: int, compiled: bool, folder: Path
 ) -> Turn:
-    session = make_session(name, device, batch_size, {"compile": compiled}, train=IMAGES, test=100)
-    loop = Loop(session, folder)
+    training = make_training(
+        name, device, batch_size, {"compile": compiled}, train=IMAGES, test=100
+    )
+    loop = Loop(training, folder)
 
     def turn(steps: int) -> float:
-        warm = EVERY - session.step % EVERY if steps % EVERY == 0 else 3
+        warm = EVERY - training.state.step % EVERY if steps % EVERY == 0 else 3
         return loop.seconds(steps, warm)
 
     return turn

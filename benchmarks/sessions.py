@@ -1,8 +1,9 @@
-"""What the benchmarks of training share: real sessions and loops on random images."""
+"""What the benchmarks of training share: real trainings and loops on random images."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,12 @@ from bnexp.config import resolve
 from bnexp.data import catalogue, files
 from bnexp.performance import allow_tf32
 from bnexp.records import Run, create_run
-from bnexp.training.loop import Logs, Trainer
-from bnexp.training.session import Session, data_settings
+from bnexp.training.build import Training, build_training, data_settings
+from bnexp.training.display import Silent
+from bnexp.training.evaluations import Evaluations
+from bnexp.training.logs import Logs
+from bnexp.training.loop import train_steps
+from bnexp.training.signals import Interruption
 
 clock = time.perf_counter
 
@@ -30,10 +35,10 @@ def random_arrays(size: int, channels: int, train: int, test: int) -> files.Arra
     )
 
 
-def make_session(
+def make_training(
     model: str, device: torch.device, batch_size: int, performance: dict, train: int, test: int
-) -> Session:
-    """A session on random images, in training mode; two estimators besides the running one."""
+) -> Training:
+    """A training on random images, in training mode; two estimators besides the running one."""
     name, size, channels = DATA[model]
     tree = {
         "name": "benchmark",
@@ -58,13 +63,13 @@ def make_session(
     config = resolve(tree, [], "benchmark")
     arrays = random_arrays(size, channels, train, test)
     data = catalogue.data_of(arrays, data_settings(config.data), 0, device)
-    session = Session(config, device, data)
-    allow_tf32(session.config.performance.tf32)
-    session.model.train()
-    return session
+    training = build_training(config, device, data)
+    allow_tf32(config.performance.tf32)
+    training.state.model.train()
+    return training
 
 
-class Stopwatch:
+class Stopwatch(Silent):
     """Stands in for the display of a training; times it from after `first` to after `last`."""
 
     def __init__(self, device: torch.device, first: int, last: int) -> None:
@@ -82,28 +87,24 @@ class Stopwatch:
             self.seconds = clock() - self._started
         return False
 
-    def numbers(self, row: tuple | None) -> None:
-        pass
-
-    def line(self, text: str) -> None:
-        pass
-
 
 class Loop:
     """bnexp's own training loop with all its logging, a stretch of steps at a time."""
 
-    def __init__(self, session: Session, folder: Path) -> None:
-        self.session = session
-        self.run: Run = create_run(session.config, {}, folder)
+    def __init__(self, training: Training, folder: Path) -> None:
+        self.training = training
+        config = training.config
+        self.run: Run = create_run(config.name, config.to_yaml(), {}, folder)
 
     def seconds(self, steps: int, warm: int) -> float:
         """Of `steps` steps after `warm` untimed ones. What the loop does every so many steps is
         in it where `warm` and `steps` are multiples of that; a final checkpoint is not."""
-        session = self.session
-        watch = Stopwatch(session.device, session.step + warm, session.step + warm + steps)
-        session.total_steps = session.step + warm + steps
-        with Logs(self.run, session.step) as logs:
-            Trainer(self.run, session, watch, logs).train(False)
+        first = self.training.state.step + warm
+        watch = Stopwatch(self.training.device, first, first + steps)
+        training = replace(self.training, total_steps=first + steps)
+        with Logs(self.run, training, watch) as logs:
+            evaluations = Evaluations(training, logs, watch)
+            train_steps(self.run, training, watch, logs, evaluations, Interruption(()))
         return watch.seconds
 
 

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bnexp.errors import UserError
+    from bnexp.experiment import run_experiment
     from bnexp.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
     from bnexp.statistics import (
         Cumulative,
@@ -35,6 +36,7 @@ _HOME = {
     "StatisticsTracker": "bnexp.statistics",
     "recompute_statistics": "bnexp.statistics",
     "running_statistics": "bnexp.statistics",
+    "run_experiment": "bnexp.experiment",
     "UserError": "bnexp.errors",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "__version__",
     "convert_batchnorm",
     "recompute_statistics",
+    "run_experiment",
     "running_statistics",
 ]
 

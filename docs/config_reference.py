@@ -12,25 +12,30 @@ from types import UnionType
 from typing import Annotated, Literal, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel
+import pydantic.dataclasses
+from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bnexp.config import Config
+from bnexp.config.annotations import kinds_of, models_in
 
 HEAD = """\
 # Config reference
 
-Every key of a config, with its default. Made from the models in `bnexp/config.py` by
+Every key of a config, with its default. Made from the models in `bnexp/config/schema.py` by
 `python docs/config_reference.py`; `bnexp config CONFIG` prints a config with all of them filled in,
 and `bnexp config --schema` the JSON schema for your editor. `null` means: not set.
 """
 
 
-def models_in(annotation) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in models_in(part)]
+def fields_of(model: type) -> dict[str, FieldInfo]:
+    if issubclass(model, BaseModel):
+        return model.model_fields
+    fields = pydantic.dataclasses.dataclass(model, frozen=True).__pydantic_fields__
+    for name, described in TypeAdapter(model).json_schema()["properties"].items():
+        fields[name].description = described.get("description")
+    return fields
 
 
 def allowed(annotation, metadata=()) -> str:
@@ -62,7 +67,7 @@ def allowed(annotation, metadata=()) -> str:
 
 
 def default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+    if field.default is PydanticUndefined or field.kw_only:
         return "required"
     value = field.default
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
@@ -72,20 +77,20 @@ def rows(model: type[BaseModel]) -> list[str]:
     return [
         f"| `{name}` | {allowed(field.annotation, field.metadata)} | {default(field)} | "
         f"{' '.join((field.description or '').split())} |"
-        for name, field in model.model_fields.items()
-        if not models_in(field.annotation)
+        for name, field in fields_of(model).items()
+        if not models_in(kinds_of(field.annotation))
     ]
 
 
 def sections(model: type[BaseModel], path: str) -> list[str]:
     """A table of the model's own keys, then those of the sections in it."""
     lines = [f"\n## {path or 'top level'}\n"]
-    if described := (model.__doc__ or "").strip():
+    if described := (model.__doc__ or "").strip().partition("\n")[0]:
         lines.append(described + "\n")
     if table := rows(model):
         lines += ["| key | allowed | default | meaning |", "| --- | --- | --- | --- |", *table]
-    for name, field in model.model_fields.items():
-        inner = models_in(field.annotation)
+    for name, field in fields_of(model).items():
+        inner = models_in(kinds_of(field.annotation))
         if not inner:
             continue
         below = f"{path}.{name}" if path else name
@@ -94,9 +99,9 @@ def sections(model: type[BaseModel], path: str) -> list[str]:
         for section in inner:
             tag = next(
                 (
-                    f" (`{key}: {get_args(section.model_fields[key].annotation)[0]}`)"
+                    f" (`{key}: {get_args(fields_of(section)[key].annotation)[0]}`)"
                     for key in ("name", "rule")
-                    if len(inner) > 1 and key in section.model_fields
+                    if len(inner) > 1 and key in fields_of(section)
                 ),
                 "",
             )

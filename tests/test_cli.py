@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, needs_fashion_mnist, run_of
 
+from bnexp.config import load_config
 from bnexp.records import Run
 
 QUICK = """
@@ -99,10 +100,10 @@ def test_whole_train_accuracy_is_that_of_the_checkpoint(bnexp, quick):
     _, run = trained(bnexp, quick)
     from bnexp.data import load_data
     from bnexp.networks import build_model
+    from bnexp.training.build import data_settings
     from bnexp.training.checkpoints import newest_checkpoint
-    from bnexp.training.session import data_settings
 
-    config = run.load_config()
+    config = load_config(run.path / "config.yaml")
     data = load_data(data_settings(config.data), seed=config.seed, device="cpu")
     info = data.info
     model = build_model(
@@ -243,7 +244,7 @@ def test_checkpoints_that_are_damaged_foreign_or_malicious(bnexp, quick):
     checkpoint.write_bytes(whole)
     text = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(text.replace("name: small-cnn", "name: mlp"))
-    assert "another model than mlp" in error_line(bnexp("eval"))
+    assert "belongs to another model" in error_line(bnexp("eval"))
 
 
 def test_the_verdict_names_the_method_that_was_asked_for(bnexp, quick):
@@ -281,13 +282,14 @@ def test_averaged_weights_are_compared_with_stale_and_recomputed_statistics(bnex
     _, run = trained(bnexp, quick, averages)
     kinds = {k["name"] for k in run.comparison()["kinds"]}
     assert {"ema/running", "ema/recomputed", "swa/running", "swa/recomputed"} <= kinds
-    for weights in ("ema", "swa", "last", "best"):
+    for weights in ("ema", "swa", "last"):
         done = bnexp("eval", "--weights", weights, "--recompute-stats", "--json")
         assert done.code == 0, done.stderr
         result = {k["name"]: k["accuracy"] for k in json.loads(done.stdout)["kinds"]}
         if weights in ("ema", "swa"):
             logged = {k["name"]: k["accuracy"] for k in run.comparison()["kinds"]}
-            assert result["recomputed"] == logged[f"{weights}/recomputed"]
+            assert result[f"{weights}/recomputed"] == logged[f"{weights}/recomputed"]
+            assert f"{weights.upper()} weights with " in json.loads(done.stdout)["verdict"]
 
 
 def test_help_and_import_need_no_torch():
@@ -345,3 +347,30 @@ def test_fashion_mnist_is_learned(bnexp):
     run = Run(bnexp.cwd / "runs" / "fashion-mnist-1")
     with open(run.path / "steps.csv") as file:
         assert len(list(csv.DictReader(file))) == 60
+
+
+def test_a_best_chosen_on_the_test_images_is_kept_by_that_name_alone_and_says_so(bnexp, quick):
+    _, run = trained(bnexp, quick)
+    assert not list(run.checkpoints.glob("best*.pt"))
+    assert "has no best weights" in error_line(bnexp("eval", "--weights", "best"))
+    _, run = trained(bnexp, quick, "checkpoints.best=best-on-test")
+    assert [path.name for path in run.checkpoints.glob("best*.pt")] == ["best-on-test.pt"]
+    done = bnexp("eval", "--weights", "best-on-test", "--json")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert "on these very test images" in result["remarks"][0]
+    assert all(kind["label"].startswith("best-on-test weights") for kind in result["kinds"])
+    (run.checkpoints / "best-on-test.pt").rename(run.checkpoints / "best.pt")  # as older versions
+    done = bnexp("eval", "--weights", "best")
+    assert done.code == 0, done.stderr
+    assert "on these very test images" in " ".join(done.stdout.split())
+    line = error_line(
+        bnexp(
+            "train",
+            quick,
+            "checkpoints.best=best-on-test",
+            "data.val_fraction=0.2",
+            "training.early_stopping={}",
+        )
+    )
+    assert "early_stopping goes by the validation images" in line

@@ -14,8 +14,10 @@ from bnexp.config import resolve
 from bnexp.evaluation.predictions import predict
 from bnexp.nn import BatchNorm2d
 from bnexp.records import Run, create_run
-from bnexp.training.loop import train as train_session
-from bnexp.training.session import Session
+from bnexp.training.build import build_training
+from bnexp.training.display import Silent
+from bnexp.training.loop import train
+from bnexp.training.signals import Interruption
 
 TREE = {
     "name": "fast",
@@ -42,28 +44,15 @@ TREE = {
 CPU = torch.device("cpu")
 
 
-class Silent:
-    def step(self, step, images):
-        return False
-
-    def numbers(self, row):
-        pass
-
-    def test_accuracy(self, accuracy, step):
-        pass
-
-    def line(self, text):
-        pass
-
-
-def session_with(**sections):
+def training_with(**sections):
     tree = {**TREE, **{key: {**TREE.get(key, {}), **part} for key, part in sections.items()}}
-    return Session(resolve(tree, [], "test"), CPU)
+    return build_training(resolve(tree, [], "test"), CPU)
 
 
-def trained(session, folder):
-    run = create_run(session.config, {}, folder)
-    return run, train_session(run, session, Silent())
+def trained(training, folder, display=None):
+    config = training.config
+    run = create_run(config.name, config.to_yaml(), {}, folder)
+    return run, train(run, training, display or Silent(), Interruption(()))
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +70,17 @@ def compiler_cache(tmp_path_factory):
 def test_a_compiled_run_computes_what_an_eager_one_does_in_one_graph(tmp_path, compiler_cache):
     """Evaluations under all kinds of statistics in between compile nothing anew, and the
     estimators get the moments of every step."""
-    eager = session_with()
+    eager = training_with()
     eager_run, eager_outcome = trained(eager, tmp_path)
     torch._dynamo.reset()
     counters.clear()
-    compiled = session_with(performance={"compile": True})
+    compiled = training_with(performance={"compile": True})
     compiled_run, compiled_outcome = trained(compiled, tmp_path)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"] and not counters["recompiles"]
 
     assert np.allclose(compiled_run.steps()["loss"], eager_run.steps()["loss"], rtol=1e-4)
-    expected, found = eager.estimates(), compiled.estimates()
+    expected, found = eager.state.estimates(), compiled.state.estimates()
     assert found.keys() == {"running", "slow", "window"}
     for name in expected:
         for layer in expected[name].names:
@@ -111,12 +100,12 @@ def test_a_compiled_run_computes_what_an_eager_one_does_in_one_graph(tmp_path, c
 def test_freezing_compiles_once_more_and_no_oftener(tmp_path, compiler_cache):
     torch._dynamo.reset()
     counters.clear()
-    session = session_with(
+    training = training_with(
         performance={"compile": True}, statistics={"freeze_from_step": 15}, test={"every": None}
     )
-    trained(session, tmp_path)
+    trained(training, tmp_path)
     assert counters["stats"]["unique_graphs"] == 2
-    assert set(session.estimates()["slow"].count.values()) == {15}
+    assert set(training.state.estimates()["slow"].count.values()) == {15}
 
 
 def test_a_compiled_run_is_resumed_as_if_it_had_not_stopped(bnexp, compiler_cache):
@@ -149,8 +138,8 @@ def test_a_compiled_run_is_resumed_as_if_it_had_not_stopped(bnexp, compiler_cach
 def test_folding_changes_neither_training_nor_verdicts(tmp_path):
     outcomes = []
     for fold in (True, False):
-        session = session_with(model={"name": "small-cnn"}, performance={"fold_batchnorm": fold})
-        outcomes.append(trained(session, tmp_path))
+        training = training_with(model={"name": "small-cnn"}, performance={"fold_batchnorm": fold})
+        outcomes.append(trained(training, tmp_path))
     (with_it, result), (without, expected) = outcomes
     assert (with_it.path / "steps.csv").read_bytes() == (without.path / "steps.csv").read_bytes()
     for found, wanted in zip(result.comparison.kinds, expected.comparison.kinds, strict=True):
@@ -172,7 +161,7 @@ def test_folding_is_what_the_setting_says(tmp_path, monkeypatch):
     monkeypatch.setattr("bnexp.nn.folding._PLAIN_FORWARDS", (forward,))
     counts = {}
     for fold in (True, False):
-        session = session_with(
+        training = training_with(
             model={"name": "small-cnn"},
             performance={"fold_batchnorm": fold},
             training={"steps": 2, "averages": {}},
@@ -181,7 +170,7 @@ def test_folding_is_what_the_setting_says(tmp_path, monkeypatch):
             statistics={"estimators": {}},
         )
         calls.clear()
-        trained(session, tmp_path)
+        trained(training, tmp_path)
         counts[fold] = calls.count(False)
     assert counts[True] < counts[False]
 
@@ -189,16 +178,16 @@ def test_folding_is_what_the_setting_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_channels_last_reaches_the_convolutions_or_does_not(channels_last):
     """Also with one channel, where a tensor's strides alone leave it open."""
-    session = session_with(
+    training = training_with(
         model={"name": "small-cnn"}, performance={"channels_last": channels_last}
     )
     formats = []
-    session.model.conv2.register_forward_hook(
+    training.state.model.conv2.register_forward_hook(
         lambda layer, inputs, output: formats.append(
             output.is_contiguous(memory_format=torch.channels_last)
         )
     )
-    predict(session.model, session.data.test.batches(250))
+    predict(training.state.model, training.data.test.batches(250))
     assert set(formats) == {channels_last}
 
 
@@ -217,16 +206,15 @@ def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
                 traced[step] = tracemalloc.get_traced_memory()[0]
             return False
 
-    session = session_with(
+    training = training_with(
         training={"steps": 3000, "batch_size": 4, "optimizer": {"lr": 0.001}},
         test={"every": 300, "statistics": ["running"]},
         statistics={"recompute": {"samples": 100}},
         checkpoints={"every_steps": 250},
     )
-    run = create_run(session.config, {}, tmp_path)
     tracemalloc.start()
     try:
-        train_session(run, session, Watching())
+        run, _ = trained(training, tmp_path, Watching())
     finally:
         tracemalloc.stop()
     assert len(run.steps()["step"]) == 3000

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,11 +29,7 @@ def kinds_of(annotation: Any) -> Kinds:
 
 def below(kinds: Kinds, key: str) -> Kinds:
     """What is admitted under `key`; nothing where no section has it."""
-    found = [
-        model.model_fields[key].annotation
-        for model in models_in(kinds, False)
-        if key in model.model_fields
-    ]
+    found = [fields_of(m)[key] for m in models_in(kinds, False) if key in fields_of(m)]
     found += [typing.get_args(kind)[1] for kind in kinds if typing.get_origin(kind) is dict]
     return [kind for annotation in found for kind in kinds_of(annotation)]
 
@@ -42,11 +40,20 @@ def items_of(kinds: Kinds) -> Kinds:
     return [kind for each in lists for part in typing.get_args(each) for kind in kinds_of(part)]
 
 
-def models_in(kinds: Kinds, values: bool = True) -> list[type[BaseModel]]:
+@functools.cache
+def fields_of(model: type) -> dict[str, Any]:
+    """The annotation of each of its fields, by name."""
+    if issubclass(model, BaseModel):
+        return {name: field.annotation for name, field in model.model_fields.items()}
+    hints = typing.get_type_hints(model, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(model)}  # type: ignore[arg-type]
+
+
+def models_in(kinds: Kinds, values: bool = True) -> list[type]:
     """The sections admitted, also (with `values`) as the values of a mapping."""
     found = []
     for kind in kinds:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if isinstance(kind, type) and (issubclass(kind, BaseModel) or is_dataclass(kind)):
             found.append(kind)
         elif values and typing.get_origin(kind) is dict:
             found += models_in(kinds_of(typing.get_args(kind)[1]))

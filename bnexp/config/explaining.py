@@ -6,60 +6,58 @@ import difflib
 import typing
 from typing import Any, Literal
 
-from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from bnexp.config.annotations import kinds_of, models_in
+from bnexp.config.annotations import fields_of, kinds_of, models_in
 from bnexp.config.schema import Config
 from bnexp.errors import shown
 
 
-def _keys_at(location: tuple) -> list[str]:
+def _keys_at(location: tuple, schema: type) -> list[str]:
     """The keys allowed in the section at `location`, a pydantic error location."""
-    models: list[type[BaseModel]] = [Config]
+    models: list[type] = [schema]
     for part in location:
-        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        fields = [fields_of(m)[part] for m in models if part in fields_of(m)]
         if fields:
-            models = [m for f in fields for m in models_in(kinds_of(f.annotation))]
+            models = [m for f in fields for m in models_in(kinds_of(f))]
             continue
         tagged = [m for m in models if part in _tags(m)]
         models = tagged or models
-    return sorted({name for m in models for name in m.model_fields})
+    return sorted({name for m in models for name in fields_of(m)})
 
 
-def _tags(model: type[BaseModel]) -> tuple:
+def _tags(model: type) -> tuple:
     for field in ("name", "rule"):
-        if field in model.model_fields:
-            annotation = model.model_fields[field].annotation
-            if typing.get_origin(annotation) is Literal:
-                return typing.get_args(annotation)
+        annotation = fields_of(model).get(field)
+        if typing.get_origin(annotation) is Literal:
+            return typing.get_args(annotation)
     return ()
 
 
-def written_key(location: tuple) -> str:
+def written_key(location: tuple, schema: type = Config) -> str:
     """The location as the user wrote it, without the tags pydantic inserts for unions."""
     parts: list[str] = []
-    models: list[type[BaseModel]] = [Config]
+    models: list[type] = [schema]
     for part in location:
-        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        fields = [fields_of(m)[part] for m in models if part in fields_of(m)]
         if not fields and any(part in _tags(m) for m in models):
             models = [m for m in models if part in _tags(m)]
             continue
         word = str(part)
         parts.append(word if word.isprintable() and len(word) <= 100 else shown(word))
         if fields:
-            models = [m for f in fields for m in models_in(kinds_of(f.annotation))]
+            models = [m for f in fields for m in models_in(kinds_of(f))]
     return ".".join(parts)
 
 
-def explain(error: ErrorDetails) -> str:
-    """One line for one pydantic error."""
+def explain(error: ErrorDetails, schema: type = Config) -> str:
+    """One line for one pydantic error in what should be a `schema`."""
     location, kind, context = error["loc"], error["type"], error.get("ctx", {})
-    key = written_key(location)
-    if kind == "extra_forbidden":
+    key = written_key(location, schema)
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         if location[-1] == "momentum" and location[0] != "training":
             return _momentum_advice(key, error["input"])
-        known = _keys_at(location[:-1])
+        known = _keys_at(location[:-1], schema)
         near = difflib.get_close_matches(str(location[-1])[:100], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         if len(location) == 4 and location[1] in ("optimizer", "schedule"):
@@ -74,7 +72,7 @@ def explain(error: ErrorDetails) -> str:
     if kind == "union_tag_invalid":
         tag = context["discriminator"].strip("'")
         return f"{key}.{tag} is {shown(context['tag'])}; allowed: {context['expected_tags']}"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
+    if kind in ("model_type", "model_attributes_type", "dataclass_type", "dict_type"):
         return f"{key or 'the config'} must be a section of keys, not {shown(error['input'])}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]

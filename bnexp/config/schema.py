@@ -22,6 +22,8 @@ from pydantic import (
 
 from bnexp.errors import shown
 from bnexp.memory_size import parse_memory
+from bnexp.statistics.methods import Method
+from bnexp.statistics.rules import Estimator
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
@@ -64,7 +66,7 @@ class DataConfig(Section):
     image_size: Annotated[int, Field(ge=1, le=16384)] | None = None
     """Side of the square that images are resized to; needed where a folder's sizes differ."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that decode the images of an image-folder."""
+    """Threads that decode the images of an image-folder; 0 decodes them between the steps."""
     limit: LimitConfig = LimitConfig()
     """Fewer images than there are, to try something out."""
 
@@ -95,36 +97,11 @@ class ModelConfig(Section):
 # ---------------------------------------------------------------------------------- statistics
 
 
-class EmaConfig(Section):
-    rule: Literal["ema"]
-    decay: Decay = 0.9
-    """Weight kept on the old value: running = decay * running + (1 - decay) * batch."""
-    debias: bool = False
-    """Start at zero and divide by 1 - decay^t, as Adam does."""
-
-
-class CumulativeConfig(Section):
-    rule: Literal["cumulative"]
-    """The plain average of all batch statistics so far (PyTorch's momentum=None)."""
-
-
-class PooledConfig(Section):
-    rule: Literal["pooled"]
-    window: PositiveInt | None = None
-    """Merge the moments of the last so many mini-batches; without it, of the whole run."""
-
-
-EstimatorConfig = Annotated[
-    EmaConfig | CumulativeConfig | PooledConfig, Field(discriminator="rule")
-]
-
-
-RecomputeMethod = Literal["exact", "pooled", "batch-mean"]
-RECOMPUTE_METHODS = typing.get_args(RecomputeMethod)
+RECOMPUTE_METHODS = typing.get_args(Method)
 
 
 class RecomputeConfig(Section):
-    method: RecomputeMethod = "exact"
+    method: Method = "exact"
     """How population statistics are recomputed; see docs/statistics.md."""
     samples: Annotated[int, Field(ge=2)] | None = 10_000
     """How many training images they are computed over; null takes all."""
@@ -149,7 +126,7 @@ class RecomputeConfig(Section):
 class StatisticsConfig(Section):
     decay: Decay = 0.9
     """Decay of the running statistics in the layers. PyTorch's momentum is 1 - decay."""
-    estimators: dict[str, EstimatorConfig] = {}
+    estimators: dict[str, Annotated[Estimator, Field(discriminator="rule")]] = {}
     """More estimators fed by the same run, by name; all are evaluated, saved and compared."""
     recompute: RecomputeConfig = RecomputeConfig()
     normalization_batch: Annotated[int, Field(ge=2)] | None = None
@@ -160,9 +137,11 @@ class StatisticsConfig(Section):
     @field_validator("estimators")
     @classmethod
     def _names(cls, estimators: dict) -> dict:
+        if len(estimators) > 1000:
+            raise ValueError("there can't be more than 1000")
         for name in estimators:
             taken = name in ("running", "recomputed", "batch", "none")
-            if taken or not PLAIN_NAME.fullmatch(name):
+            if taken or not PLAIN_NAME.fullmatch(name) or len(name) > 100:
                 raise ValueError(
                     f"{shown(name)} can't name an estimator: running, recomputed, batch and none "
                     "are taken; use letters, digits, '.', '_' and '-'"
@@ -365,6 +344,9 @@ class CheckpointsConfig(Section):
     """Seconds between checkpoints; whichever is due first counts."""
     keep: PositiveInt = 2
     """How many of the newest are kept; the best is kept besides."""
+    best: Literal["best", "best-on-test"] = "best"
+    """Which evaluation's weights are the best: by the validation images, where there are any; or
+    best-on-test, by the test images, on which their accuracy is then better than on others."""
 
 
 class PerformanceConfig(Section):
@@ -428,6 +410,10 @@ class Config(Section):
     def _sections_agree(self):
         if self.training.early_stopping and not self.test.every:
             raise ValueError("training.early_stopping needs evaluations: set test.every")
+        if self.training.early_stopping and self.checkpoints.best == "best-on-test":
+            raise ValueError(
+                "training.early_stopping goes by the validation images: leave checkpoints.best out"
+            )
         if "batch" in self.test.statistics and self.test.batch_size < 2:
             raise ValueError("test.statistics has batch, so test.batch_size must be at least 2")
         part, batch = self.statistics.normalization_batch, self.training.batch_size

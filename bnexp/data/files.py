@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bnexp.errors import UserError
+from bnexp.printable import printable
 
 DEBIAN_FOLDER = Path("/usr/share/datasets")
 CONNECT_SECONDS = 20.0
@@ -40,7 +41,21 @@ def search_folders(root: Path | None) -> list[Path]:
     The first of them is where downloads go.
     """
     named = [root, os.environ.get("BNEXP_DATA") or None, "data", DEBIAN_FOLDER]
-    return list(dict.fromkeys(Path(folder).expanduser() for folder in named if folder))
+    return list(dict.fromkeys(usable(Path(folder).expanduser()) for folder in named if folder))
+
+
+def usable(folder: Path) -> Path:
+    """`folder`, which need not exist. UserError where no folder can have such a name."""
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # too long, too many links, a null byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        name = printable(folder)
+        name = name if len(name) < 120 else f"{name[:60]}..."
+        raise UserError(f"data.root: {name} can't be a folder: {reason}") from None
+    return folder
 
 
 # ------------------------------------------------------------------------------------ IDX files
@@ -283,7 +298,7 @@ def load_cifar(name: str, root: Path | None) -> Arrays:
 
 
 def load_svhn(root: Path | None) -> Arrays:
-    """SVHN's cropped digits: train (73 257) and test (26 032), without the extra ones."""
+    """SVHN's cropped digits: train (73,257) and test (26,032), without the extra ones."""
     from torchvision import datasets
 
     train, test = _load_torchvision(

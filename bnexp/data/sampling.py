@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnexp.data.settings import Augmentation
+from bnexp.data.settings import Augmentation, DataSettings
 from bnexp.errors import UserError
 
 
@@ -44,6 +44,30 @@ def split_off(
     apart = stratified_subset(labels, round(fraction * len(labels)), rng)
     stays = np.setdiff1d(np.arange(len(labels)), apart, assume_unique=True)
     return stays, apart
+
+
+def choose_images(
+    train_labels: np.ndarray, test_labels: np.ndarray, settings: DataSettings, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sorted indices of the training, validation and test images; limits come before the split."""
+    train = _limited(train_labels, settings.limit_train, generator(seed, "limit train"))
+    test = _limited(test_labels, settings.limit_test, generator(0, "limit test"))
+    val = np.empty(0, dtype=np.int64)
+    if settings.val_fraction:
+        stays, apart = split_off(train_labels[train], settings.val_fraction, generator(seed, "val"))
+        if not len(stays) or not len(apart):
+            raise UserError(
+                f"data.val_fraction {settings.val_fraction:g} of {len(train)} images leaves none "
+                f"for {'validation' if len(stays) else 'training'}"
+            )
+        train, val = train[stays], train[apart]
+    return train, val, test
+
+
+def _limited(labels: np.ndarray, limit: int | None, rng: np.random.Generator) -> np.ndarray:
+    if limit is None or limit >= len(labels):
+        return np.arange(len(labels))
+    return stratified_subset(labels, limit, rng)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

@@ -16,6 +16,9 @@ class Augmentation:
     """Mirror left and right with probability one half."""
 
 
+NO_AUGMENTATION = Augmentation()
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Which images to load, and how."""
@@ -26,12 +29,14 @@ class DataSettings:
     """Where the files are, or go when downloaded; see `files.search_folders`."""
     val_fraction: float = 0.0
     """Share of the training images kept apart for validation."""
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = NO_AUGMENTATION
     image_size: int | None = None
     """Side of the square that images are resized to; None leaves them as they are."""
     workers: int = 2
-    """How many images of a folder are decoded at a time, beside what else is done."""
+    """Threads that decode the images of a folder; 0 decodes them between the steps."""
     limit_train: int | None = None
     """At most so many training images, chosen by the seed; None for all."""
     limit_test: int | None = None
     """At most so many test images, the same ones whatever the seed; None for all."""
+    split_by_number: bool = False
+    """Set a folder's test images apart as runs did that kept no record of their data."""

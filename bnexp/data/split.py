@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
+
+from bnexp.data.identity import Fingerprint
+from bnexp.data.pixels import pixel_mean_and_std
+from bnexp.data.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,14 @@ class DataInfo:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+def data_info(settings: DataSettings, pixels: Tensor, classes: tuple[str, ...]) -> DataInfo:
+    """`pixels`: uint8 (N, H, W, C), training images that mean and standard deviation come from."""
+    height, width, channels = pixels.shape[1:]
+    size = (settings.image_size,) * 2 if settings.image_size else (height, width)
+    mean, std = pixel_mean_and_std(pixels)
+    return DataInfo(settings.name, channels, size, classes, mean, std)
 
 
 class Split(Protocol):
@@ -68,3 +80,7 @@ class Data:
     train: Split
     val: Split | None
     test: Split
+    fingerprint: Fingerprint = field(default_factory=dict)
+    """What tells these images and labels from others; see `identity`."""
+    remarks: tuple[str, ...] = ()
+    """Lines to be said when training starts: what was found in a folder, and what was left out."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from bnexp.atomic import write_atomically
+from bnexp.records.files import read_bytes
 
 
 class CsvLog:
@@ -21,13 +23,13 @@ class CsvLog:
     def __init__(self, path: Path, columns: tuple[str, ...], last_step: int = 0) -> None:
         header = ",".join(columns) + "\n"
         kept = [header]
-        if path.exists():
-            for line in path.read_text(errors="replace").splitlines(keepends=True)[1:]:
-                step = line.partition(",")[0]
-                whole = line.endswith("\n") and line.count(",") == len(columns) - 1
-                if whole and step.isdigit() and int(step) <= last_step:
-                    kept.append(line)
-        write_atomically(path, "".join(kept))
+        text = (read_bytes(path) or b"").decode(errors="replace")
+        for line in text.split("\n")[1:-1]:
+            step = line.partition(",")[0]
+            whole = line.count(",") == len(columns) - 1
+            if whole and re.fullmatch("[0-9]{1,15}", step) and int(step) <= last_step:
+                kept.append(line + "\n")
+        write_atomically(path, "".join(kept), follow_links=False)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def append(self, rows: Iterable[Iterable[object]]) -> None:

@@ -2,7 +2,8 @@
 
 runs/<name>-<number>/
     config.yaml        resolved and retrainable
-    environment.json   versions, device, seed, git commit, command, resumes
+    environment.json   versions, device, seed, threads, git commit, command, resumes
+    data.json          what tells the data from others
     state.json         running, finished, interrupted or failed, and at which step
     steps.csv          one row per step
     evals.csv          one row per evaluation
@@ -17,22 +18,25 @@ import contextlib
 import csv
 import difflib
 import io
+import itertools
 import json
 import re
 import shutil
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
+from bnexp.records import lock
 from bnexp.records.csv_log import CsvLog
+from bnexp.records.files import read_bytes, read_json, read_text, read_yaml
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from bnexp.config import Config
 
 RUNS = Path("runs")
 STEP_COLUMNS = ("step", "epoch", "lr", "loss", "accuracy", "ema_accuracy")
@@ -45,7 +49,11 @@ def _to_json(value: dict) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. Reading never changes it."""
+    """A run folder. Reading never changes it; what is written stays within it.
+
+    Everything that is read may come from a stranger: what isn't as a run writes it is a UserError
+    that names the file.
+    """
 
     path: Path
 
@@ -58,51 +66,81 @@ class Run:
         return self.path / "checkpoints"
 
     @property
-    def config(self) -> dict:
-        """The resolved config as plain data."""
-        return self.load_config().model_dump(mode="json")
-
-    def load_config(self) -> Config:
-        from bnexp.config import load_config
-
-        return load_config(self.path / "config.yaml")
+    def config(self) -> dict[str, Any]:
+        """The content of config.yaml, which has the sections and names that every config has."""
+        path = self.path / "config.yaml"
+        config = read_yaml(path)
+        if config is None:
+            raise UserError(f"there is no {path}")
+        for section, key, kind in _CONFIG:
+            found = config.get(section)
+            if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+                raise UserError(f"{path} is damaged: {section}.{key} is missing or no {_a(kind)}")
+        return config
 
     @property
-    def environment(self) -> dict:
-        environment = self._json("environment.json") or {}
-        if not isinstance(environment.get("created", ""), str):
-            raise UserError(f"{self.path}/environment.json is damaged: created is no time")
+    def environment(self) -> dict[str, Any]:
+        path = self.path / "environment.json"
+        environment = read_json(path) or {}
+        created = environment.get("created", "")
+        if not isinstance(created, str) or not _PLAIN.fullmatch(created):
+            raise UserError(f"{path} is damaged: created is no time")
+        if not isinstance(environment.get("resumes", []), list):
+            raise UserError(f"{path} is damaged: resumes is no list")
         return environment
 
     @property
-    def state(self) -> dict:
+    def id(self) -> str | None:
+        """What tells the run's checkpoints from those of others; None in older records."""
+        with contextlib.suppress(UserError):
+            found = self.environment.get("id")
+            return found if isinstance(found, str) else None
+        return None
+
+    @property
+    def state(self) -> dict[str, Any]:
         """`{"state", "step", "total_steps", "weights", "message"}`. The state is `killed` when a
         run that says it is running no longer holds its lock, and `unknown` without the file."""
-        state = self._json("state.json") or {"state": "unknown", "step": 0}
-        if not isinstance(state.get("state"), str) or not isinstance(state.get("step"), int):
-            raise UserError(f"{self.path}/state.json is damaged: it has no state and step")
+        path = self.path / "state.json"
+        state = {"step": 0, "total_steps": None, "weights": "last", "message": None}
+        found = read_json(path)
+        if found is None:
+            return {"state": "unknown", **state}
+        state |= found
+        if state.get("state") not in STATES:
+            raise UserError(f"{path} is damaged: its state is none of {', '.join(STATES)}")
+        if not _is_count(state["step"]) or not _is_count(state["total_steps"] or 0):
+            raise UserError(f"{path} is damaged: its steps are no numbers of steps")
+        if state["weights"] not in ("last", "best"):
+            raise UserError(f"{path} is damaged: its weights are neither last nor best")
+        if not isinstance(state["message"], str | None):
+            raise UserError(f"{path} is damaged: its message is no text")
         if state["state"] == "running" and not self.is_locked():
             state["state"] = "killed"
         return state
 
-    def comparison(self) -> dict | None:
+    def comparison(self) -> dict[str, Any] | None:
         """The content of comparison.json; None before the final evaluation."""
-        comparison = self._json("comparison.json")
-        if comparison is not None and not (
-            {"baseline", "samples", "classes", "verdict", "layers"} <= comparison.keys()
-            and isinstance(comparison.get("kinds"), list)
-            and comparison["kinds"]
+        path = self.path / "comparison.json"
+        comparison = read_json(path)
+        if comparison is None:
+            return None
+        kinds = comparison.get("kinds")
+        if (
+            not {"baseline", "samples", "classes", "verdict", "layers"} <= comparison.keys()
+            or not isinstance(kinds, list)
+            or not kinds
+            or not all(isinstance(kind, dict) and _is_share(kind.get("accuracy")) for kind in kinds)
         ):
-            raise UserError(f"{self.path}/comparison.json is damaged: it is not a comparison")
+            raise UserError(f"{path} is damaged: it is not a comparison")
         return comparison
 
     def steps(self) -> dict[str, np.ndarray]:
         """The columns of steps.csv as float64 arrays; a line being written is left out."""
         import numpy as np
 
-        content = b""
-        with contextlib.suppress(FileNotFoundError):
-            content = (self.path / "steps.csv").read_bytes()
+        path = self.path / "steps.csv"
+        content = read_bytes(path) or b""
         rows = content[content.find(b"\n") + 1 : content.rfind(b"\n") + 1]
         if not rows:
             return {name: np.empty(0) for name in STEP_COLUMNS}
@@ -110,24 +148,36 @@ class Run:
             table = np.loadtxt(io.BytesIO(rows), delimiter=",", comments=None, ndmin=2)
         except ValueError as error:
             reason = str(error).partition(";")[0]
-            raise UserError(f"{self.path}/steps.csv is damaged: {reason}") from None
+            raise UserError(f"{path} is damaged: {reason[:200]}") from None
         if table.shape[1] != len(STEP_COLUMNS):
-            raise UserError(f"{self.path}/steps.csv is damaged: {table.shape[1]} columns")
-        known = [i for i, name in enumerate(STEP_COLUMNS) if name != "loss"]  # that may be nan
-        if not np.isfinite(table[:, known]).all():
-            raise UserError(f"{self.path}/steps.csv is damaged: a step without its numbers")
-        return {name: table[:, i] for i, name in enumerate(STEP_COLUMNS)}
+            raise UserError(f"{path} is damaged: {table.shape[1]} columns")
+        columns = {name: table[:, i] for i, name in enumerate(STEP_COLUMNS)}
+        known = table[:, [i for i, name in enumerate(STEP_COLUMNS) if name != "loss"]]
+        if not np.isfinite(known).all():  # a loss may be nan
+            raise UserError(f"{path} is damaged: a step without its numbers")
+        step, accuracies = columns["step"], (columns["accuracy"], columns["ema_accuracy"])
+        if (
+            (np.diff(step, prepend=0.0) <= 0).any()
+            or (known[:, :2] % 1 != 0).any()
+            or known[:, :2].max() >= MAX_COUNT
+            or known.min() < 0
+            or max(a.max() for a in accuracies) > 1 + 1e-9
+        ):
+            raise UserError(f"{path} is damaged: a number that no training writes")
+        return columns
 
-    def evals(self) -> list[dict]:
-        """The rows of evals.csv, numbers parsed."""
-        numbers = {"step": int, "samples": int, "accuracy": float, "loss": float, "seconds": float}
+    def evals(self) -> list[dict[str, Any]]:
+        """The rows of evals.csv, numbers parsed; a line being written is left out."""
+        path = self.path / "evals.csv"
+        text = read_text(path) or ""
+        whole = text[: text.rfind("\n") + 1]
         try:
             return [
-                {k: numbers.get(k, str)(v) for k, v in zip(EVAL_COLUMNS, row, strict=True)}
-                for row in self._rows("evals.csv", len(EVAL_COLUMNS))
+                {k: _EVAL_TYPES[k](v) for k, v in zip(EVAL_COLUMNS, row, strict=True)}
+                for row in list(csv.reader(io.StringIO(whole)))[1:]
             ]
-        except ValueError as error:
-            raise UserError(f"{self.path}/evals.csv is damaged: {error}") from None
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
 
     def write_state(
         self, state: str, step: int, total_steps: int, weights="last", message: str | None = None
@@ -143,89 +193,156 @@ class Run:
             },
         )
 
-    def write_json(self, filename: str, value: dict) -> None:
-        write_atomically(self.path / filename, _to_json(value))
+    def write_json(self, filename: str, value: dict[str, Any]) -> None:
+        self.write(filename, _to_json(value))
 
-    def lock(self):
-        """The lock a training holds on its run; the operating system frees it with the process."""
-        from filelock import FileLock
+    def write(self, filename: str, content: str | bytes | memoryview) -> None:
+        """Replace a file of the run by `content`, whole or not at all. A link is replaced itself:
+        nothing outside of the folder is written."""
+        write_atomically(self.path / filename, content, follow_links=False)
 
-        return FileLock(self.path / ".lock", timeout=0)
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run, as its only training. UserError if there is another one."""
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(lock.locked(self.path / ".lock"))
+            except BlockingIOError:
+                raise UserError(f"{self.path} is still being trained by another process") from None
+            yield
 
     def is_locked(self) -> bool:
-        from filelock import Timeout
-
-        if not (self.path / ".lock").exists():
-            return False
-        try:
-            with self.lock():
-                return False
-        except Timeout:
-            return True
-        except OSError:
-            return False
-
-    def _json(self, filename: str) -> dict | None:
-        try:
-            value = json.loads((self.path / filename).read_text())
-        except FileNotFoundError:
-            return None
-        except (ValueError, RecursionError, IsADirectoryError) as error:
-            raise UserError(f"{self.path / filename} is damaged: {error}") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{self.path / filename} is damaged: it is not a JSON object")
-        return value
-
-    def _rows(self, filename: str, columns: int) -> list[list[str]]:
-        try:
-            text = (self.path / filename).read_text()
-        except FileNotFoundError:
-            return []
-        except (UnicodeDecodeError, IsADirectoryError) as error:
-            raise UserError(f"{self.path / filename} is damaged: {error}") from None
-        whole = text[: text.rfind("\n") + 1]
-        rows = list(csv.reader(io.StringIO(whole)))[1:]
-        for number, row in enumerate(rows, start=2):
-            if len(row) != columns:
-                raise UserError(f"{self.path / filename} is damaged in line {number}")
-        return rows
+        """Whether a training holds the run. Asking never keeps one from taking it."""
+        return lock.is_locked(self.path / ".lock")
 
 
-def create_run(config: Config, environment: dict, runs: Path = RUNS) -> Run:
-    """Make the next free `runs/<name>-<number>/`, whole or not at all.
+STATES = ("running", "finished", "interrupted", "failed")
+MAX_COUNT = 2**53
+_PLAIN = re.compile(r"[ -~]{0,64}")
+_CONFIG: tuple[tuple[str, str, type | tuple[type, ...]], ...] = (
+    ("data", "name", str),
+    ("model", "name", str),
+    ("statistics", "decay", (int, float)),
+    ("statistics", "estimators", dict),
+    ("statistics", "recompute", dict),
+    ("training", "batch_size", int),
+    ("training", "optimizer", dict),
+    ("training", "ema_accuracy_decay", (int, float)),
+    ("test", "batch_size", int),
+)
+
+
+def _a(kind: type | tuple[type, ...]) -> str:
+    return "text" if kind is str else "section" if kind is dict else "number"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,15}", text):
+        raise ValueError(f"{text[:40]!r} is no number of steps or samples")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise ValueError(f"{text[:40]!r} is no accuracy")
+    return float(text)
+
+
+def _word(text: str) -> str:
+    if not text.isprintable() or len(text) > 200:
+        raise ValueError(f"{text[:40]!r} is no name")
+    return text
+
+
+_EVAL_TYPES: dict[str, Callable[[str], Any]] = {
+    "step": _count,
+    "split": _word,
+    "statistics": _word,
+    "accuracy": _share,
+    "loss": float,
+    "samples": _count,
+    "seconds": float,
+}
+
+
+def create_run(
+    name: str,
+    config_yaml: str,
+    files: Mapping[str, dict[str, Any]],
+    runs: Path = RUNS,
+    folder: Path | None = None,
+) -> Run:
+    """Make a run with this config and these JSON files, whole or not at all: `folder`, or the
+    next free `<runs>/<name>-<number>/`.
 
     The folder is filled under a temporary name and then renamed; a rename onto a folder that
-    another process made in the meantime fails, and the next number is tried.
+    another process made in the meantime fails, and the next number is tried. UserError if
+    `folder` exists.
     """
+    runs = runs if folder is None else folder.parent
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError):
         raise UserError(f"{runs}/ can't be made here: run bnexp in another folder") from None
-    staging = Path(tempfile.mkdtemp(prefix=f".{config.name}-", dir=runs))
+    _remove_abandoned(runs)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=runs))
     try:
         staging.chmod(0o755)
         (staging / "checkpoints").mkdir()
-        write_atomically(staging / "config.yaml", config.to_yaml())
-        write_atomically(staging / "environment.json", _to_json(environment))
+        write_atomically(staging / "config.yaml", config_yaml)
+        for filename, content in files.items():
+            write_atomically(staging / filename, _to_json(content))
         CsvLog(staging / "steps.csv", STEP_COLUMNS).close()
         CsvLog(staging / "evals.csv", EVAL_COLUMNS).close()
-        number = 1 + max((n for n in map(_number_of(config.name), runs.iterdir()) if n), default=0)
-        while True:
-            target = runs / f"{config.name}-{number}"
-            try:
-                staging.rename(target)
-                return Run(target)
-            except OSError:
-                if not target.exists():
-                    raise
-                number += 1
+        for target in _free_folders(name, runs) if folder is None else [folder]:
+            if not target.exists():
+                with _if_not_made_meanwhile(target):
+                    staging.rename(target)
+                    return Run(target)
+        raise UserError(f"{folder} exists already: name a new folder, or resume the run in it")
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
+# What a killed process left of a folder it was making is removed when it is as old as this:
+# making one takes milliseconds.
+ABANDONED_SECONDS = 3600
+_STAGING = ".making-"
+
+
+def _remove_abandoned(runs: Path) -> None:
+    for path in runs.glob(f"{_STAGING}*"):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and path.lstat().st_mtime < time.time() - ABANDONED_SECONDS:
+                shutil.rmtree(path)
+
+
+def _free_folders(name: str, runs: Path) -> Iterator[Path]:
+    numbers = map(_number_of(name), runs.iterdir())
+    first = 1 + max((n for n in numbers if n), default=0)
+    return (runs / f"{name}-{number}" for number in itertools.count(first))
+
+
+@contextlib.contextmanager
+def _if_not_made_meanwhile(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        if not target.exists():
+            raise
+
+
 def _number_of(name: str):
-    pattern = re.compile(re.escape(name) + r"-(\d+)")
+    pattern = re.compile(re.escape(name) + r"-([0-9]{1,18})")
 
     def number(path: Path) -> int | None:
         match = pattern.fullmatch(path.name)
@@ -251,12 +368,12 @@ def all_runs(runs: Path = RUNS) -> list[Run]:
 
 
 def _created(run: Run) -> tuple:
-    number = run.name.rpartition("-")[2]
+    number = re.search(r"-([0-9]{1,18})$", run.name)
     try:
         created = str(run.environment.get("created", ""))
     except UserError:
         created = ""
-    return (created, int(number) if number.isdigit() else 0)
+    return (created, int(number[1]) if number else 0)
 
 
 def find_run(given: str, runs: Path = RUNS) -> Run:

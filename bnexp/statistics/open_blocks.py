@@ -63,7 +63,8 @@ def _guarded(code: CodeType) -> list[tuple[int, int]]:
         return []
     bytecode = dis.Bytecode(code)
     handlers = {instruction.offset for instruction in bytecode if "EXC_INFO" in instruction.opname}
-    return [(e.start, e.end) for e in bytecode.exception_entries if e.target in handlers]
+    entries = bytecode.exception_entries  # type: ignore[attr-defined]  # not in the stubs
+    return [(e.start, e.end) for e in entries if e.target in handlers]
 
 
 def _is_known(frame: FrameType) -> bool:
@@ -90,7 +91,8 @@ def _is_known(frame: FrameType) -> bool:
 
 def _manager_is_known(expression: ast.expr, frame: FrameType) -> bool:
     called = isinstance(expression, ast.Call)
-    first, *names = ast.unparse(expression.func if called else expression).split(".")
+    named = expression.func if isinstance(expression, ast.Call) else expression
+    first, *names = ast.unparse(named).split(".")
     scopes = (frame.f_locals, frame.f_globals, vars(builtins))
     found = next((scope[first] for scope in scopes if first in scope), None)
     for name in names:

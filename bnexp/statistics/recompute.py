@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,13 @@ from bnexp.nn.intercept import normalized_by
 from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics.exact import MemoryEstimate, exact, memory_estimate
 from bnexp.statistics.forward import Calls, Forward, Population, Runner, Task, device_of, need_two
+from bnexp.statistics.methods import Method
 from bnexp.statistics.pass_settings import PassSettings
 from bnexp.statistics.per_batch import batch_mean, pooled
 from bnexp.statistics.progress import Progress, Report, reporting
 from bnexp.statistics.spill import memory_bound
 from bnexp.statistics.statistics import Statistics
 from bnexp.torch_internals import original_module
-
-Method = Literal["batch-mean", "pooled", "exact"]
 
 METHODS: dict[Method, Callable[[Task], dict[str, Population]]] = {
     "batch-mean": batch_mean,

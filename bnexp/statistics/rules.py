@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Lt
 
 from bnexp.errors import UserError
 
@@ -24,7 +26,11 @@ class Rule(ABC):
     """An estimator: what is asked for, without state."""
 
     # Of a rule as a section of a config.
-    __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
+    __pydantic_config__: ClassVar = {
+        "extra": "forbid",
+        "use_attribute_docstrings": True,
+        "json_schema_extra": {"required": ["rule"]},
+    }
 
     @abstractmethod
     def label(self) -> str:
@@ -49,9 +55,8 @@ class Ema(Rule):
     """
 
     rule: Literal["ema"] = field(default="ema", kw_only=True, repr=False)
-    decay: float = 0.9
-    """Weight kept on the old value, at least 0 and less than 1:
-    running = decay * running + (1 - decay) * batch."""
+    decay: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Weight kept on the old value: running = decay * running + (1 - decay) * batch."""
     debias: bool = False
     """Start at zero and divide by 1 - decay^t, as Adam does."""
 
@@ -118,7 +123,7 @@ class Pooled(Rule):
     """
 
     rule: Literal["pooled"] = field(default="pooled", kw_only=True, repr=False)
-    window: int | None = None
+    window: Annotated[int, Ge(1), Lt(2**31)] | None = None
     """Merge the moments of the last so many mini-batches; without it, of the whole run."""
 
     def __post_init__(self) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import warnings
+from collections.abc import Iterator
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,13 +16,60 @@ PLAIN_SECONDS = 10.0
 MEDIUM, WIDE = 78, 110  # columns for the rate of images, and for everything
 
 
+class Display(Protocol):
+    """What a training tells while it runs. Use it as a context manager."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def step(self, step: int, images: int) -> bool:
+        """Note that update `step` was launched; True when fresh numbers should be shown."""
+        ...
+
+    def numbers(self, row: tuple | None) -> None:
+        """Show a row of steps.csv."""
+
+    def test_accuracy(self, accuracy: float, step: int) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+class Silent:
+    """Shows nothing; warnings are Python's."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, step: int, images: int) -> bool:
+        return False
+
+    def numbers(self, row: tuple | None) -> None:
+        pass
+
+    def test_accuracy(self, accuracy: float, step: int) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        warnings.warn(text, stacklevel=2)
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        self.quiet = True  # whoever watched is gone; the run goes on
+        self.quiet = True  # rich would end the process
 
 
-class Display:
-    """Progress and warnings on stderr. Use it as a context manager."""
+class Terminal:
+    """Progress and warnings on stderr. Whoever watched may be gone, and the disk it is written to
+    full: the run goes on."""
 
     def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None):
         self.console = console or _Console(stderr=True, highlight=False, soft_wrap=True)
@@ -48,15 +99,17 @@ class Display:
     def _is_wide(self) -> bool:
         return not self.console.is_terminal or self.console.width >= WIDE
 
-    def __enter__(self) -> Display:
-        if self._progress:
-            self._progress.start()
+    def __enter__(self) -> Terminal:
+        with self._while_it_can_be_shown():
+            if self._progress:
+                self._progress.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._progress:
-            self._progress.refresh()
-            self._progress.stop()
+        with self._while_it_can_be_shown():
+            if self._progress:
+                self._progress.refresh()
+                self._progress.stop()
 
     def step(self, step: int, images: int) -> bool:
         """Note that update `step` was launched; True when fresh numbers should be shown."""
@@ -78,7 +131,8 @@ class Display:
         if not self.console.is_terminal or self.console.width >= MEDIUM:
             text += f"  {rate:,.0f} img/s"
         if self._progress:
-            self._progress.update(self._task, completed=step, numbers=text, refresh=True)
+            with self._while_it_can_be_shown():
+                self._progress.update(self._task, completed=step, numbers=text, refresh=True)
         else:
             self.line(f"step {step}/{self._total}  epoch {epoch}  lr {lr:.2g}  {text}")
 
@@ -88,4 +142,18 @@ class Display:
             self._test += f" (step {step})"
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        with self._while_it_can_be_shown():
+            self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.line(f"bnexp: {text}")
+
+    @contextlib.contextmanager
+    def _while_it_can_be_shown(self) -> Iterator[None]:
+        if self.console.quiet:
+            return
+        try:
+            yield
+        except (OSError, ValueError):
+            self.console.quiet = True
+            self._progress = None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 
 from bnexp.errors import RunFailed
 from bnexp.records import CsvLog
+from bnexp.training.stateful import Stateful
 
 
-class EmaAccuracy:
+class EmaAccuracy(Stateful):
     """`ema = d * ema + (1 - d) * batch_accuracy`, debiased by `1 - d^t` (Kingma & Ba 2015, sec. 3).
 
     It stands in for the accuracy over the whole training set.
     """
+
+    saved: ClassVar = {"biased": float, "count": int}
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -31,12 +35,6 @@ class EmaAccuracy:
         if not self.count:
             return 0.0
         return self.biased / (1 - self.decay**self.count)
-
-    def state_dict(self) -> dict:
-        return {"biased": self.biased, "count": self.count}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.biased, self.count = state["biased"], state["count"]
 
 
 class StepLog:

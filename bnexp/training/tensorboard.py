@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bnexp.errors import UserError
@@ -15,6 +15,8 @@ class Events:
     """Writes into `folder`. Events after `first_step`, of a run that was killed, are superseded."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link: a run writes into its own folder alone")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -30,14 +32,14 @@ class Events:
             for name, value in zip(STEP_COLUMNS[1:], values, strict=True):
                 self._writer.add_scalar(f"train/{name}", value, step)
 
-    def evaluation(self, rows: Iterable[tuple], evaluation: Evaluation, eps: float) -> None:
+    def evaluation(self, rows: Sequence[tuple], evaluation: Evaluation, eps: float) -> None:
         """Rows of evals.csv, and how far each layer's channels are from the first statistics."""
         for step, split, kind, accuracy, loss, *_ in rows:
             self._writer.add_scalar(f"{split}/accuracy/{kind}", accuracy, step)
             self._writer.add_scalar(f"{split}/loss/{kind}", loss, step)
         (_, reference), *others = evaluation.statistics.items()
         for kind, statistics in others:
-            if statistics is not None:
+            if statistics is not None and reference is not None:
                 self._histograms(str(kind), reference, statistics, eps, rows[0][0])
 
     def _histograms(

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from bnexp.analysis.comparison import compare
+from bnexp.condition import Condition
 from bnexp.config import load_config
-from bnexp.evaluation.evaluate import recompute_population
-from bnexp.evaluation.predictions import evaluate
+from bnexp.evaluation.predictions import predict_under
 from bnexp.records import Run
 from bnexp.report.run_data import RunData
 from bnexp.statistics import (
@@ -20,8 +20,11 @@ from bnexp.statistics import (
     batchnorm_layers,
     recompute_statistics,
 )
+from bnexp.training.averages import with_parameters
+from bnexp.training.build import Training, build_training
 from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint, step_checkpoints
-from bnexp.training.session import Session
+from bnexp.training.state import load_weights
+from bnexp.training.subject import run_subject
 
 DECAYS = (0.9, 0.99, 0.999)
 PERCENTILES = (15, 50, 85)
@@ -44,8 +47,8 @@ def ema_accuracy(folder: Path) -> dict:
     """
     run = RunData.read(Run(folder))
     steps, batch = run.steps["step"], run.steps["accuracy"]
-    at, train = run.curve("train", "running")
-    _, test = run.curve("test", "running")
+    at, train = run.curve("train", Condition("running"))
+    _, test = run.curve("test", Condition("running"))
     after = 200
     result = {
         "batch_size": run.config["training"]["batch_size"],
@@ -76,18 +79,20 @@ def ema_accuracy(folder: Path) -> dict:
 def _train_accuracy_in_training_mode(folder: Path) -> float:
     """Of the final weights over the whole training set, normalized by mini-batch as in training."""
     config = load_config(folder / "config.yaml")
-    session = Session(config, torch.device("cpu"))
+    training = build_training(config, torch.device("cpu"))
     state, _ = newest_checkpoint(folder / "checkpoints")
-    session.load_weights(state)
+    load_weights(training.state.model, training.state.tracker, state)
     size = config.training.batch_size
-    found = evaluate(session.model, lambda: session.data.train.batches(size), {"batch": None})
+    found = predict_under(
+        training.state.model, lambda: training.data.train.batches(size), {"batch": None}
+    )
     return found["batch"].accuracy
 
 
 def statistics_curves(folder: Path) -> dict:
     """Test accuracy by step under every kind of statistics of one run."""
     run = RunData.read(Run(folder))
-    curves = {kind: run.curve("test", kind) for kind in run.kinds("test")}
+    curves = {str(c): run.curve("test", c) for c in run.conditions("test")}
     steps = curves["running"][0]
     result = {
         "batch_size": run.config["training"]["batch_size"],
@@ -110,30 +115,34 @@ def statistics_curves(folder: Path) -> dict:
 def averaged_weights(folder: Path, every: int = 200) -> dict:
     """Test accuracy by step of the last, EMA and SWA weights under several statistics."""
     config = load_config(folder / "config.yaml")
-    session = Session(config, torch.device("cpu"))
+    training = build_training(config, torch.device("cpu"))
     size = config.test.batch_size
     result: dict = {"steps": [], "accuracy": {}, "std_ratio": {}}
     for path in reversed(step_checkpoints(folder / "checkpoints")):
         state = load_checkpoint(path)
         if state["step"] % every:
             continue
-        session.load_weights(state)
+        load_weights(training.state.model, training.state.tracker, state)
         result["steps"].append(state["step"])
-        stale = session.estimates()
-        kinds = {"last/running": (session.model, stale["running"])}
-        for name, average in session.averages.items():
+        stale = training.state.estimates()
+        kinds = {"last/running": (training.state.model, stale["running"])}
+        for name, average in training.state.averages.items():
             average.load_state_dict(state["averages"][name])
             if average.count == 0:
                 continue
-            model = session.averaged_model(name)
-            fresh = recompute_population(model, session.data, config)
+            model = with_parameters(training.state.model, average.average)
+            method = config.statistics.recompute.method
+            population = run_subject(model, training.data, config).population(method)
+            fresh = recompute_statistics(model, population, method=method)
             kinds[f"{name}/stale"] = (model, stale["running"])
             kinds[f"{name}/recomputed"] = (model, fresh)
             if name == "ema":
                 kinds["ema/averaged"] = (model, stale["ema-0.99"])
             result["std_ratio"][name] = _std_ratio(stale["running"], fresh)
         for kind, (model, statistics) in kinds.items():
-            found = evaluate(model, lambda: session.data.test.batches(size), {"it": statistics})
+            found = predict_under(
+                model, lambda: training.data.test.batches(size), {"it": statistics}
+            )
             curve = result["accuracy"].setdefault(kind, {"steps": [], "values": []})
             curve["steps"].append(state["step"])
             curve["values"].append(found["it"].accuracy)
@@ -154,15 +163,15 @@ def sigmoid_inputs(folder: Path) -> dict:
     the typical one: its median travels as far as the median unit's does.
     """
     config = load_config(folder / "config.yaml")
-    session = Session(config, torch.device("cpu"))
-    model = session.model
-    batches = [x for x, _ in session.data.train.batches(60, samples=6000)]
+    training = build_training(config, torch.device("cpu"))
+    model = training.state.model
+    batches = [x for x, _ in training.data.train.batches(60, samples=6000)]
     steps, percentiles = [0], [_percentiles(model, batches)]
     for path in reversed(step_checkpoints(folder / "checkpoints")):
         state = load_checkpoint(path)
         if state["step"] % (20 if state["step"] < 500 else 500):
             continue  # written because it was the best so far
-        session.load_weights(state)
+        load_weights(training.state.model, training.state.tracker, state)
         steps.append(state["step"])
         percentiles.append(_percentiles(model, batches))
     table = np.stack(percentiles)  # (checkpoints, 3, units)
@@ -207,23 +216,23 @@ def variances(folder: Path, samples: int = 5000) -> dict:
     variance between the mini-batches' means; in `exact` the layers below normalize as in inference.
     """
     config = load_config(folder / "config.yaml")
-    session = Session(config, torch.device("cpu"))
+    training = build_training(config, torch.device("cpu"))
     state, _ = newest_checkpoint(folder / "checkpoints")
-    session.load_weights(state)
+    load_weights(training.state.model, training.state.tracker, state)
     size = config.training.batch_size
-    batches = list(session.data.train.batches(size, samples=samples))
-    unbiased = recompute_statistics(session.model, batches, method="batch-mean")
-    pooled = recompute_statistics(session.model, batches, method="pooled")
-    chunks = session.data.train.batches(100, samples=samples)
-    exact = recompute_statistics(session.model, chunks, method="exact")
-    values = _values_per_channel(session.model, batches[0][0])
+    batches = list(training.data.train.batches(size, samples=samples))
+    unbiased = recompute_statistics(training.state.model, batches, method="batch-mean")
+    pooled = recompute_statistics(training.state.model, batches, method="pooled")
+    chunks = training.data.train.batches(100, samples=samples)
+    exact = recompute_statistics(training.state.model, chunks, method="exact")
+    values = _values_per_channel(training.state.model, batches[0][0])
     biased = replace(
         unbiased,
         var={name: v * (values[name] - 1) / values[name] for name, v in unbiased.var.items()},
     )
     kinds = {"biased": biased, "unbiased": unbiased, "pooled": pooled, "exact": exact}
     size = config.test.batch_size
-    found = evaluate(session.model, lambda: session.data.test.batches(size), kinds)
+    found = predict_under(training.state.model, lambda: training.data.test.batches(size), kinds)
     return {
         "model": config.model.name,
         "layers": {
@@ -237,7 +246,7 @@ def variances(folder: Path, samples: int = 5000) -> dict:
             for name in exact.var
         },
         "accuracy": {kind: p.accuracy for kind, p in found.items()},
-        "comparison": _against(found, "exact", session),
+        "comparison": _against(found, "exact", training),
     }
 
 
@@ -246,8 +255,10 @@ def final_comparison(folder: Path) -> dict:
     return _brief(Run(folder).comparison())
 
 
-def _against(predictions, baseline: str, session: Session) -> dict:
-    return _brief(compare(predictions, baseline, session.data.info.classes).to_dict())
+def _against(predictions, baseline: str, training: Training) -> dict:
+    by_condition = {Condition(name): found for name, found in predictions.items()}
+    classes = training.data.info.classes
+    return _brief(compare(by_condition, Condition(baseline), classes).to_dict())
 
 
 def _brief(comparison: dict) -> dict:

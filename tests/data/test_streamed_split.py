@@ -1,11 +1,10 @@
-"""The streamed split against the in-memory one, and decoding against torchvision's transforms."""
+"""The streamed split against the in-memory one, and what it holds on to."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import signal
+import threading
 from itertools import islice
 from pathlib import Path
 
@@ -13,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms
 
-from bnexp.data import Augmentation
+from bnexp.data import Augmentation, stream
+from bnexp.data.images import decode
 from bnexp.data.memory import InMemorySplit
 from bnexp.data.pixels import Normalization
-from bnexp.data.stream import ImageFiles, StreamedSplit, decode
-from bnexp.errors import UserError
+from bnexp.data.stream import ImageFiles, StreamedSplit
+from bnexp.errors import RunFailed, UserError
 
 CPU = torch.device("cpu")
 SIZE = (8, 8)
 AUGMENT = Augmentation(crop_padding=2, flip=True)
+BLACK = np.zeros((*SIZE, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,12 @@ def paths(tmp_path_factory) -> list[Path]:
 def streamed(paths: list[Path], workers: int = 0, seed: int = 5) -> StreamedSplit:
     normalize = Normalization((0.4,) * 3, (0.2,) * 3, SIZE, SIZE, CPU)
     return StreamedSplit(
-        ImageFiles(paths, SIZE, resize=True),
+        ImageFiles(paths, SIZE, resize=True, workers=workers),
         torch.arange(len(paths)),
         normalize,
         AUGMENT,
         seed,
         CPU,
-        workers,
     )
 
 
@@ -96,35 +95,43 @@ def test_global_random_state_is_untouched(paths):
     assert np.random.get_state()[1].tolist() == states[2]
 
 
-def test_workers_outlive_a_ctrl_c_and_end_with_their_batches(paths):
-    others = set(multiprocessing.active_children())
+def test_threads_end_with_their_batches(paths):
+    before = set(threading.enumerate())
     batches = streamed(paths, 2).training_batches(5)
-    for _ in range(2):  # one batch from each worker: both are up
-        next(batches)
-    workers = set(multiprocessing.active_children()) - others
-    assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)
-    assert_equal_batches(islice(batches, 12), islice(in_memory(paths).training_batches(5), 2, 14))
+    next(batches)
+    assert 0 < len(set(threading.enumerate()) - before) <= 2
     batches.close()
-    assert not any(worker.is_alive() for worker in workers)
+    assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize("size", [(30, 20), (20, 30), (150, 37), (8, 8), (5, 4), (8, 300)])
-@pytest.mark.parametrize("side", [8, 13])
-def test_decoding_is_torchvisions_resize_and_center_crop(tmp_path, size, side):
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "image.png")
-    theirs = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side)])
-    ours = decode(tmp_path / "image.png", (side, side), resize=True)
-    np.testing.assert_array_equal(ours, np.array(theirs(Image.fromarray(pixels))))
+def test_batches_are_decoded_only_a_little_ahead(paths, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(stream, "decode", lambda path, *_: decoded.append(path) or BLACK)
+    batches = streamed(paths, 2).training_batches(5)
+    for _ in range(10):
+        next(batches)
+    assert len(decoded) <= (10 + 2 * 2) * 5
+    batches.close()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA"])
-def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
-    Image.fromarray(np.full((4, 4, 3), 255, dtype=np.uint8)).convert(mode).save(tmp_path / "i.png")
-    decoded = decode(tmp_path / "i.png", (4, 4), resize=False)
-    assert decoded.shape == (4, 4, 3) and decoded.dtype == np.uint8 and (decoded == 255).all()
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_batches_that_are_kept_hold_no_files_and_no_shared_memory(paths):
+    def held() -> list[str]:
+        maps = Path("/proc/self/maps").read_text()
+        return [*os.listdir("/proc/self/fd"), *(line for line in maps if "/dev/shm" in line)]
+
+    before = len(held())
+    batches = list(islice(streamed(paths, 2).training_batches(2), 60))
+    assert len(batches) == 60 and len(held()) <= before + 2
+
+
+def test_a_system_without_threads_is_said_in_one_line(paths, monkeypatch):
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(RunFailed, match=r"can't start new thread\); set data.workers to 0"):
+        next(streamed(paths, 2).training_batches(5))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -137,11 +144,5 @@ def test_a_damaged_image_is_named(paths, tmp_path, workers, damage):
         bad.write_bytes(b"no image")
     with pytest.raises(UserError) as error:
         list(streamed([*paths[:6], bad], workers).batches(4))
-    assert str(error.value).startswith(f"{bad} can't be decoded")
+    assert str(error.value).startswith(f"{bad} can't be ")
     assert "\n" not in str(error.value)
-
-
-def test_without_resizing_all_images_must_have_one_size(tmp_path):
-    Image.new("RGB", (7, 9)).save(tmp_path / "odd.png")
-    with pytest.raises(UserError, match=r"odd.png has 7x9 pixels .* 8x8; set data.image_size"):
-        decode(tmp_path / "odd.png", (8, 8), resize=False)

@@ -12,6 +12,7 @@ import copy
 import io
 import sys
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -376,7 +377,7 @@ class Elsewhere:
     """Something that no module holds."""
 
     kept = None
-    stack: list = []  # noqa: RUF012
+    stack: ClassVar[list] = []
 
 
 class HandedOnElsewhere(Net):

@@ -30,31 +30,35 @@ def config(tmp_path):
     return load_config(path)
 
 
+def create(config, environment, runs):
+    return create_run(config.name, config.to_yaml(), {"environment.json": environment}, runs)
+
+
 def test_runs_made_at_the_same_moment_get_different_folders(tmp_path, config):
     runs = tmp_path / "runs"
     barrier = threading.Barrier(8)
 
     def make(_):
         barrier.wait()
-        return create_run(config, {"created": "2026"}, runs)
+        return create(config, {"created": "2026"}, runs)
 
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(make, range(8)))
     assert sorted(run.name for run in made) == [f"small-{n}" for n in range(1, 9)]
     assert sorted(p.name for p in runs.iterdir()) == [f"small-{n}" for n in range(1, 9)]
-    assert all(run.load_config() == config for run in made)
+    assert all(load_config(run.path / "config.yaml") == config for run in made)
 
 
 def test_a_number_is_never_used_twice(tmp_path, config):
     for expected in ("small-1", "small-2"):
-        assert create_run(config, {}, tmp_path / "runs").name == expected
+        assert create(config, {}, tmp_path / "runs").name == expected
     (tmp_path / "runs" / "small-9").mkdir()
-    assert create_run(config, {}, tmp_path / "runs").name == "small-10"
+    assert create(config, {}, tmp_path / "runs").name == "small-10"
 
 
 def test_a_failing_creation_leaves_nothing(tmp_path, config):
     with pytest.raises(TypeError):
-        create_run(config, {"not json": object()}, tmp_path / "runs")
+        create(config, {"not json": object()}, tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -73,7 +77,7 @@ def test_continuing_a_log_drops_later_rows_and_a_torn_line(tmp_path):
 
 
 def test_a_line_being_written_is_left_out_when_reading(tmp_path, config):
-    run = create_run(config, {}, tmp_path / "runs")
+    run = create(config, {}, tmp_path / "runs")
     with open(run.path / "steps.csv", "a") as file:
         file.write("1,0,0.1,2.5,0.5,0.5\n2,0,0.")
     assert run.steps()["loss"].tolist() == [2.5]
@@ -92,13 +96,13 @@ def test_atomic_writing_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch)
 
 def test_runs_are_found_by_path_and_by_name(tmp_path, config):
     runs = tmp_path / "runs"
-    run = create_run(config, {}, runs)
+    run = create(config, {}, runs)
     assert find_run(str(run.path), runs) == run
     assert find_run("small-1", runs).path == run.path
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, config):
-    create_run(config, {}, tmp_path / "runs")
+    create(config, {}, tmp_path / "runs")
     with pytest.raises(UserError, match="not a run folder"):
         find_run(str(tmp_path), tmp_path / "runs")
     with pytest.raises(UserError, match="no run nothing; the newest are small-1"):
@@ -110,22 +114,22 @@ def test_the_newest_finished_run_is_the_one_evaluated(tmp_path, config):
     with pytest.raises(UserError, match="no finished run"):
         newest_finished_run(runs)
     for day, state in [("01", "finished"), ("02", "finished"), ("03", "failed")]:
-        run = create_run(config, {"created": f"2026-01-{day}"}, runs)
+        run = create(config, {"created": f"2026-01-{day}"}, runs)
         run.write_json("state.json", {"state": state, "step": 10})
     assert newest_finished_run(runs).name == "small-2"
     assert [run.name for run in all_runs(runs)] == ["small-3", "small-2", "small-1"]
 
 
 def test_a_run_whose_process_died_is_said_to_be_killed(tmp_path, config):
-    run = create_run(config, {}, tmp_path / "runs")
+    run = create(config, {}, tmp_path / "runs")
     run.write_json("state.json", {"state": "running", "step": 5})
     holder = subprocess.Popen(
         [
             sys.executable,
             "-c",
             "import sys; from pathlib import Path; from bnexp.records import Run\n"
-            "lock = Run(Path(sys.argv[1])).lock(); lock.acquire(); print('held', flush=True)\n"
-            "sys.stdin.read()",
+            "with Run(Path(sys.argv[1])).locked():\n"
+            "    print('held', flush=True); sys.stdin.read()",
             str(run.path),
         ],
         stdin=subprocess.PIPE,
