@@ -44,11 +44,11 @@ from bnexp.analysis.intervals import (
 )
 from bnexp.analysis.layers import LayerRow
 from bnexp.analysis.predictions import Predictions
-from bnexp.analysis.reading import read
 from bnexp.analysis.results import Paired, Result, compared_result, paired_results
-from bnexp.analysis.verdict import Verdict, judge, outcome, worst_moment
+from bnexp.analysis.verdict import Outcome, Verdict, judge, outcome, worst_moment
 from bnexp.condition import Condition, Weights, label
 from bnexp.errors import UserError
+from bnexp.reading import read
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Comparison:
     """All conditions of one model on one set of samples, the baseline first.
 
     `chance` is the accuracy of always naming the most frequent class. `layers` holds, per
-    condition, how far the baseline's statistics are from its own in each layer.
+    condition, how far the baseline's statistics are from its own in each layer. `score` is what
+    `accuracy` is in the results: with other scores than top-1 (`bnexp.analysis.scores`) their
+    mean, and there are no classes.
     """
 
     samples: int
@@ -67,6 +69,7 @@ class Comparison:
     results: list[Result]
     layers: dict[Condition, list[LayerRow]]
     verdict: Verdict
+    score: str = "accuracy"
 
     def __getitem__(self, condition: Condition) -> Result:
         return next(r for r in self.results if r.condition == condition)
@@ -100,6 +103,7 @@ class Comparison:
             "baseline": str(self.baseline),
             "kinds": [_result_to_dict(result) for result in self.results],
             "layers": {str(c): [row.to_dict() for row in rows] for c, rows in self.layers.items()},
+            "score": self.score,
             "outcome": self.verdict.outcome,
             "verdict": self.verdict.text,
             "remarks": list(self.verdict.remarks),
@@ -118,6 +122,9 @@ class Comparison:
             classes = read(list[str], content["classes"])
             class_samples = read(list[int], content["class_samples"])
             baseline = Condition.parse(content["baseline"], own)
+            score = read(str, content.get("score", "accuracy"))
+            if bool(classes) != (score == "accuracy"):
+                raise UserError("an accuracy has classes, and other scores have none")
             _check(results, baseline, classes, class_samples)
             return cls(
                 samples=read(int, content["samples"]),
@@ -131,10 +138,11 @@ class Comparison:
                     for name, rows in content.get("layers", {}).items()
                 },
                 verdict=Verdict(
-                    outcome(results, class_samples),
+                    _outcome_in(content, results, class_samples),
                     read(str, content["verdict"]),
                     read(tuple[str, ...], content.get("remarks", [])),
                 ),
+                score=score,
             )
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"it is not a comparison ({type(error).__name__}: {error})") from None
@@ -154,10 +162,19 @@ def _check(
     lengths = {len(classes), len(class_samples), *map(len, lists)}
     lengths |= {len(pair.class_difference) for _, pair in pairs}
     tested = [n > 0 for n in class_samples]
-    if len(lengths) > 1 or not any(tested) or min(class_samples) < 0:
+    if len(lengths) > 1 or (classes and not any(tested)) or min(class_samples, default=0) < 0:
         raise UserError("the numbers of classes do not belong together")
     if any([share is not None for share in r.class_accuracy] != tested for r in results):
         raise UserError("a class has an accuracy without samples, or samples without one")
+
+
+def _outcome_in(
+    content: Mapping[str, Any], results: list[Result], class_samples: list[int]
+) -> Outcome:
+    """Old records of accuracies don't name their outcome; that of other scores needs the scores."""
+    if content.get("score", "accuracy") != "accuracy":
+        return read(Outcome, content["outcome"])  # type: ignore[arg-type]
+    return outcome(results, class_samples)
 
 
 def _result_to_dict(result: Result) -> dict[str, Any]:

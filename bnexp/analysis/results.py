@@ -45,7 +45,7 @@ class Result:
     accuracy_interval: Interval
     loss: float | None
     loss_interval: Interval | None
-    ece: float
+    ece: float | None
     broken: int
     class_accuracy: list[float | None]
     versus_baseline: Paired | None

@@ -303,16 +303,19 @@ class _Words:
         interval, difference = pair.loss_difference_interval, pair.loss_difference
         if interval is None or difference is None or not base.loss or other.loss is None:
             return None
+        if base.ece is None or other.ece is None:
+            return None
         if pair.p_holm < SIGNIFICANT or interval[0] <= 0 <= interval[1]:
             return None
         if abs(difference) < LOSS_DIFFERS * base.loss:
             return None
         better, worse = (base, other) if difference > 0 else (other, base)
+        calibration = (base.ece, other.ece) if difference > 0 else (other.ece, base.ece)
         before = " Confidence suffers before predictions change." if pair.changed == 0 else ""
         return (
             f"The loss tells {better.label} and {self._second(better, worse)} apart where accuracy "
             f"does not: {better.loss:.3g} and {worse.loss:.3g} nats, calibration error "
-            f"{percent(better.ece)} and {percent(worse.ece)}.{before}"
+            f"{' and '.join(map(percent, calibration))}.{before}"
         )
 
     def _second(self, first: Result, second: Result) -> str:

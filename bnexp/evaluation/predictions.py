@@ -67,13 +67,17 @@ def predict_under(
 
 
 def _predict_batch(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """(4, n) float32: predicted, label, loss, confidence. Classes below 2**24 are exact in it."""
     with torch.inference_mode():
-        log_p = F.log_softmax(model(x).float(), dim=1)
-        loss = F.nll_loss(log_p, y, reduction="none")
-        confidence, predicted = log_p.max(dim=1)
-        predicted = torch.where(confidence.isnan(), -1, predicted)
-        return torch.stack([predicted.float(), y.float(), loss, confidence.exp()])
+        return classified(model(x), y)
+
+
+def classified(logits: Tensor, labels: Tensor) -> Tensor:
+    """(4, n) float32: predicted, label, loss, confidence. Classes below 2**24 are exact in it."""
+    log_p = F.log_softmax(logits.float(), dim=1)
+    loss = F.nll_loss(log_p, labels, reduction="none")
+    confidence, predicted = log_p.max(dim=1)
+    predicted = torch.where(confidence.isnan(), -1, predicted)
+    return torch.stack([predicted.float(), labels.float(), loss, confidence.exp()])
 
 
 def _predict_filled(model: nn.Module, filler: Batch | None, x: Tensor, y: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
-from unicodedata import category
 
 import numpy as np
 
 from bnexp.analysis.comparison import Comparison
 from bnexp.condition import Condition, label, made_by
 from bnexp.errors import UserError
+from bnexp.printable import printable
+from bnexp.records.files import read_json
 
 if TYPE_CHECKING:
     from bnexp.records import Run
@@ -57,6 +58,7 @@ class RunData:
     evals: Sequence[Evaluation]
     comparison: Comparison | None = None
     made: Mapping[str, str] = field(default_factory=dict)
+    test_images: str | None = None  # tells them from others; None where the record does not
 
     @classmethod
     def read(cls, run: Run) -> RunData:
@@ -78,6 +80,7 @@ class RunData:
             evals=[_evaluation(_printable(row)) for row in run.evals()],
             comparison=_comparison(run),
             made=made,
+            test_images=_test_images(run),
         )
 
     def conditions(self, split: str) -> list[Condition]:
@@ -143,6 +146,13 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
     return Evaluation(condition=Condition.parse(row["statistics"]), **values)
 
 
+def _test_images(run: Run) -> str | None:
+    try:
+        return repr((read_json(run.path / "data.json") or {})["splits"]["test"]["hashes"])
+    except (LookupError, TypeError):  # a run made before this was recorded
+        return None
+
+
 def _comparison(run: Run) -> Comparison | None:
     content = _printable(run.comparison())
     if content is None:
@@ -156,14 +166,10 @@ def _comparison(run: Run) -> Comparison | None:
 
 
 def _printable(value: Any) -> Any:
-    """The same with every character that can't be shown replaced by �: a record may hold control
-    characters, and halves of characters, that neither a page nor a terminal takes."""
-    if isinstance(value, str):
-        return "".join(c if _shows(c) else "\N{REPLACEMENT CHARACTER}" for c in value)
+    """The same with every text as it can be shown: a record may hold control characters, and
+    halves of characters, that neither a page nor a terminal takes."""
     if isinstance(value, Mapping):
         return {_printable(key): _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, list) else value
-
-
-def _shows(character: str) -> bool:
-    return character.isprintable() or character == "\n" or category(character) == "Zs"
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value

@@ -1,0 +1,539 @@
+"""Judging a finished model: what its running averages cost, what is wrong, and mending it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnexp.analysis.comparison import Comparison, compare
+from bnexp.analysis.findings import Facts, Finding, Gain, Halves, find, in_words
+from bnexp.analysis.layers import LayerCost, LayerRow
+from bnexp.analysis.results import Paired
+from bnexp.analysis.scores import compare_scores, gain
+from bnexp.condition import Condition
+from bnexp.errors import UserError
+from bnexp.evaluation.attribution import Attribution, attribute
+from bnexp.evaluation.layer_facts import Modes, layer_facts
+from bnexp.evaluation.scoring import (
+    EveryOther,
+    FirstSamples,
+    Forward,
+    Score,
+    Scores,
+    Setting,
+    Task,
+    other_eps,
+    scores_under,
+    size_of,
+)
+from bnexp.nn.find import batchnorm_layers, layer_eps, original_module
+from bnexp.ranks import Ranks, choose_ranks
+from bnexp.statistics import (
+    METHODS,
+    Statistics,
+    batch_statistics,
+    layer_drift,
+    recompute_statistics,
+    running_statistics,
+)
+from bnexp.statistics.blend import blend
+from bnexp.statistics.forward import device_of
+from bnexp.statistics.progress import Progress
+from bnexp.statistics.recompute import Method
+
+# Test samples for what is looked at besides the conditions: attribution, single layers, halves.
+LOOK_SAMPLES = 1000
+# Population samples for how far samples differ.
+SPREAD_SAMPLES = 256
+# Layers whose statistics are exchanged for real.
+EXCHANGED = 5
+# The eps of PyTorch and of Keras: layers with one are tried with the other.
+EPS = {1e-5: 1e-3, 1e-3: 1e-5}
+
+RUNNING, BATCH, NONE = Condition("running"), Condition("batch"), Condition("none")
+BLENDED = Condition("blended")
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What was found out about a model.
+
+    comparison: the score under each condition, running averages first, with rows about layers.
+    findings: what is wrong or worth knowing, in the order in which to look into it.
+    statistics: by condition: "running", "recomputed" (or "recomputed/<method>").
+    summary: what the findings come to, in a sentence.
+    attribution: which layers and channels a difference of losses hangs on; None where no loss can
+        be differentiated.
+    halves: how far statistics from two halves of the population are apart; None for less than
+        two batches.
+    population_samples: samples that statistics were recomputed from.
+    """
+
+    comparison: Comparison
+    findings: tuple[Finding, ...]
+    statistics: dict[str, Statistics]
+    summary: str
+    attribution: Attribution | None = None
+    halves: Halves | None = None
+    population_samples: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        return self.comparison.verdict.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """What findings.json holds; the comparison is comparison.json."""
+        attribution = self.attribution
+        return {
+            "summary": self.summary,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "population_samples": self.population_samples,
+            "attribution": None
+            if attribution is None
+            else {
+                "difference": attribution.difference,
+                "explained": attribution.explained,
+                "samples": attribution.samples,
+                "layers": {layer.name: layer.loss for layer in attribution.layers},
+                "channels": {
+                    layer.name: layer.channels.tolist() for layer in attribution.worst(EXCHANGED)
+                },
+            },
+            "halves": None if self.halves is None else asdict(self.halves),
+            "seconds": self.seconds,
+        }
+
+    def mend(self, model: nn.Module, *, force: bool = False) -> None:
+        """Copy the recomputed statistics into the running averages of `model`.
+
+        With several methods, those of the first; with a prior, the blended ones. Raises UserError
+        where there are none, where a finding says that recomputing does not help (unless `force`),
+        and where the model has other layers.
+        """
+        self.mended(force=force).copy_to(model)
+
+    def mended(self, *, force: bool = False) -> Statistics:
+        """The statistics that `mend` writes; UserError as there."""
+        written = ("blended", *(n for n in self.statistics if n.startswith("recomputed")))
+        name = next((n for n in written if n in self.statistics), None)
+        if name is None:
+            raise UserError("nothing was recomputed, so there is nothing to mend with")
+        against = [f.code for f in self.findings if f.recomputing_helps is False]
+        if against and not force:
+            raise UserError(
+                f"not mended: {', '.join(against)} says that recomputing does not help; force=True "
+                "(--force) does it all the same"
+            )
+        return self.statistics[name]
+
+    def report(self, path: str | os.PathLike) -> None:
+        """Write a self-contained HTML page, atomically."""
+        from bnexp.atomic import write_atomically
+        from bnexp.report.audit_page import render
+
+        write_atomically(Path(path), render(self.comparison, self.to_dict()))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the audit's record, made whole or not at all. UserError if `folder` exists."""
+        from bnexp.records.audit import write_audit
+
+        write_audit(
+            Path(folder),
+            comparison=self.comparison.to_dict(),
+            findings=self.to_dict(),
+            statistics=self.statistics,
+        )
+
+    def __str__(self) -> str:
+        from bnexp.report.audit_table import as_text
+
+        return as_text(self.comparison, self.findings, self.summary, self.attribution, self.halves)
+
+    def _repr_html_(self) -> str:
+        from bnexp.report.audit_page import render_part
+
+        return render_part(self.comparison, self.to_dict())
+
+
+def audit(
+    model: nn.Module,
+    population: Iterable,
+    test: Iterable,
+    *,
+    methods: Sequence[Method] = ("exact",),
+    batch: bool = False,
+    score: Score | None = None,
+    classes: Sequence[str] | None = None,
+    forward: Forward | None = None,
+    samples: int | None = 10_000,
+    memory: int | float | str | None = None,
+    device: torch.device | str | None = None,
+    ranks: Ranks | None = None,
+    progress: Progress = False,
+    prior: float | None = None,
+    score_name: str | None = None,
+    not_in_file: Sequence[str] = (),
+    same_averages_as: str | None = None,
+) -> Audit:
+    """Judge the running averages of a model's BN layers against the population's statistics.
+
+    The model, in inference mode, is scored on the same test samples with its running averages,
+    with statistics recomputed from the population, and on request with every mini-batch's own.
+    Then its layers are looked at: what is wrong with them, which of them a difference hangs on,
+    and whether the population was large enough.
+
+    Args:
+        model: any module with BN layers of `torch.nn` or bnexp. As before afterwards.
+        population: batches to recompute from, as in training (`recompute_statistics`); any
+            iterable that can be gone through again: a DataLoader, a list, not a generator. Labels
+            are not looked at. The size of its first batch is taken for that of training.
+        test: batches with labels, likewise.
+        methods: how to recompute (`recompute_statistics`); findings are about the first.
+        batch: also score with every mini-batch's own statistics, in the test batches as they are.
+        score: `score(output, batch)` gives a tensor (N,), higher being better: 0 or 1, or real
+            numbers. None: whether the most probable class is right. Where it can be differentiated
+            by the output it also serves as (negative) loss for the attribution.
+        classes: names of the classes.
+        forward: `forward(model, batch)` gives the output, for batches that are not a tensor or
+            start with one, or dicts with an image. Tensors are on the device.
+        samples: at most about so many of the population (whole batches); None: all.
+        memory, device, progress: as in `recompute_statistics`.
+        ranks: None: this process alone. Under a process group of several ranks that must be said.
+        prior: also blend the recomputed statistics with the running averages, as if these were
+            those of so many further samples (`blend`): for populations of another domain. 0 is
+            AdaBN. Mending then writes the blended ones.
+        score_name: what the score is called in sentences.
+        not_in_file: BN layers whose averages the model's checkpoint lacked.
+        same_averages_as: other weights in the checkpoint that have these very averages.
+
+    Raises:
+        UserError: batches that can be gone through once only, no samples, or whatever
+            `recompute_statistics` says.
+    """
+    choose_ranks(ranks, "an audit")
+    model = original_module(model)
+    for name, batches in (("population", population), ("test", test)):
+        if iter(batches) is batches:
+            raise UserError(f"{name} is an iterator, which ends after one pass: give a list or a "
+                            "DataLoader")  # fmt: skip
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise UserError(f"method {unknown[0]!r} is unknown: choose {', '.join(METHODS)}")
+    task = Task(torch.device(device) if device is not None else device_of(model), forward, score)
+    words = score_name or ("accuracy" if score is None else "score")
+    judge = _Judge(model, population, test, task, words, classes, samples)
+    if not batchnorm_layers(model):
+        return judge.without_batchnorm()
+    return judge.judged(methods, batch, memory, progress, prior, not_in_file, same_averages_as)
+
+
+@dataclass
+class _Judge:
+    model: nn.Module
+    population: Iterable
+    test: Iterable
+    task: Task
+    score_name: str
+    classes: Sequence[str] | None
+    samples: int | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def without_batchnorm(self) -> Audit:
+        nothing = Statistics()
+        scores = scores_under(self.model, self.test, {NONE: nothing.applied_to}, self.task)
+        comparison = self._compare(scores, NONE, {}, {})
+        return Audit(comparison, (), {}, "The model has no BN layer.")
+
+    def judged(
+        self,
+        methods: Sequence[Method],
+        batch: bool,
+        memory: int | float | str | None,
+        progress: Progress,
+        prior: float | None,
+        not_in_file: Sequence[str],
+        same_averages_as: str | None,
+    ) -> Audit:
+        model, modes = self.model, Modes.of(self.model)
+        running = running_statistics(model)
+        recompute = partial(self._recompute, memory=memory, progress=progress)
+        counted = FirstSamples(self.population, self.samples)
+        recomputed: dict[Condition, Statistics] = {}
+        for method in methods:
+            condition = Condition("recomputed", method=method if len(methods) > 1 else None)
+            with self._timed(str(condition)):
+                recomputed[condition] = recompute(counted, method)
+        first = next(iter(recomputed))
+        reference = recomputed[first]
+        if prior is not None:
+            recomputed[BLENDED] = blend(running, reference, prior, counted.seen)
+        settings: dict[Condition, Setting] = {RUNNING: running.applied_to}
+        settings |= {condition: found.applied_to for condition, found in recomputed.items()}
+        if batch:
+            settings[BATCH] = batch_statistics
+        with self._timed("conditions"):
+            scores = scores_under(model, self.test, settings, self.task)
+        with self._timed("layers"):
+            facts = layer_facts(
+                model,
+                running,
+                reference,
+                FirstSamples(self.population, SPREAD_SAMPLES),
+                self.task,
+                modes=modes,
+                not_in_file=not_in_file,
+            )
+        made = {"running": _decay(model), "recomputed": methods[0], "batch": self._batches_of()}
+        if prior is not None:
+            made["blended"] = f"running averages as {prior:g} of {prior + counted.seen:g} samples"
+        comparison = self._compare(scores, RUNNING, made, {})
+        main = _gain_of(comparison, first)
+        with self._timed("halves"):
+            halves = {}
+            if counted.batches_seen > 1:
+                for start, name in enumerate(("first half", "second half")):
+                    halves[name] = recompute(EveryOther(counted, start), methods[0])
+        costs = main.p < 0.05
+        attribution = None
+        if costs:
+            with self._timed("attribution"):
+                attribution = attribute(model, self._look_at, self.task.loss, running, reference)
+        names = _worst(attribution, running, reference) if costs else []
+        with self._timed("looking closer"):
+            trials = self._try(running, reference, halves, names)
+        rows = self._rows(running, recomputed, first, names, trials)
+        comparison = replace(comparison, layers=rows)
+        found_halves = self._halves(halves, trials, counted.seen)
+        eps = next(iter(facts)).eps
+        found = Facts(
+            layers=facts,
+            batch_size=size_of(next(iter(self.population))),
+            population_samples=counted.seen,
+            recomputed=main,
+            batch=_gain_of(comparison, BATCH) if batch else None,
+            batch_over_recomputed=gain(scores[first].values, scores[BATCH].values)
+            if batch
+            else None,
+            other_eps=(EPS[eps], gain(trials["running"].values, trials["eps"].values))
+            if "eps" in trials
+            else None,
+            same_averages_as=same_averages_as,
+            halves=found_halves,
+            points=self.task.score is None,
+        )
+        findings = find(found)
+        return Audit(
+            comparison,
+            findings,
+            {"running": running, **{str(c): s for c, s in recomputed.items()}},
+            in_words(found, findings),
+            attribution,
+            found_halves,
+            counted.seen,
+            self.seconds,
+        )
+
+    def _timed(self, name: str) -> AbstractContextManager:
+        return _Timer(self.seconds, name)
+
+    def _recompute(
+        self,
+        batches: Iterable,
+        method: Method,
+        memory: int | float | str | None,
+        progress: Progress,
+    ) -> Statistics:
+        return recompute_statistics(
+            self.model,
+            batches,
+            method=method,
+            device=self.task.device,
+            memory=memory,
+            progress=progress,
+            forward=lambda model, batch: self.task.output(model, batch),
+        )
+
+    def _look_at(self) -> Iterable:
+        return FirstSamples(self.test, LOOK_SAMPLES)
+
+    def _batches_of(self) -> str:
+        return f"mini-batches of {size_of(next(iter(self.test)))}"
+
+    def _compare(
+        self,
+        scores: Mapping[Condition, Scores],
+        baseline: Condition,
+        made: Mapping[str, str],
+        layers: Mapping[Condition, Sequence[LayerRow]],
+    ) -> Comparison:
+        predictions = {c: s.predictions for c, s in scores.items() if s.predictions is not None}
+        if self.task.score is not None:
+            return compare_scores(
+                {c: s.values for c, s in scores.items()},
+                baseline,
+                name=self.score_name,
+                made=made,
+                layers=layers,
+            )
+        most = max(max(p.labels.max(), p.predicted.max()) for p in predictions.values())
+        classes = list(self.classes or map(str, range(int(most) + 1)))
+        if int(most) >= len(classes):
+            raise UserError(f"class {most} is predicted or is a label, and there are "
+                            f"{len(classes)} names of classes")  # fmt: skip
+        return compare(predictions, baseline, classes, made=made, layers=layers)
+
+    def _try(
+        self,
+        running: Statistics,
+        reference: Statistics,
+        halves: Mapping[str, Statistics],
+        names: Sequence[str],
+    ) -> dict[str, Scores]:
+        """Scores on some test samples of what is no condition of the comparison."""
+        settings: dict[str, Setting] = {name: s.applied_to for name, s in halves.items()}
+        eps = set(layer_eps(self.model).values())
+        if len(eps) == 1 and (own := eps.pop()) in EPS:
+            settings["eps"] = partial(other_eps, eps=EPS[own])
+        if names:
+            settings["recomputed"] = reference.applied_to
+        for name in names:
+            settings[f"mended {name}"] = _exchanged(running, reference, name).applied_to
+            settings[f"spoiled {name}"] = _exchanged(reference, running, name).applied_to
+        if settings:
+            settings["running"] = running.applied_to
+        return scores_under(self.model, self._look_at(), settings, self.task) if settings else {}
+
+    def _rows(
+        self,
+        running: Statistics,
+        recomputed: Mapping[Condition, Statistics],
+        first: Condition,
+        names: Sequence[str],
+        trials: Mapping[str, Scores],
+    ) -> dict[Condition, list[LayerRow]]:
+        eps = layer_eps(self.model)
+        held = _finite(running)
+        if not any(name in held.mean for name in recomputed[first].names):
+            return {}
+        rows = {
+            condition: [LayerRow(**asdict(drift)) for drift in layer_drift(held, statistics, eps)]
+            for condition, statistics in recomputed.items()
+        }
+        rows[first] = [
+            replace(
+                row,
+                mended=_cost(trials["running"], trials[f"mended {row.name}"]),
+                spoiled=_cost(trials["recomputed"], trials[f"spoiled {row.name}"]),
+            )
+            if row.name in names
+            else row
+            for row in rows[first]
+        ]
+        return rows
+
+    def _halves(
+        self, halves: Mapping[str, Statistics], trials: Mapping[str, Scores], samples: int
+    ) -> Halves | None:
+        if not halves:
+            return None
+        first, second = (trials[name] for name in halves)
+        eps = layer_eps(self.model)
+        one, other = halves.values()
+        worst = layer_drift(one, other, eps)[0]
+        return Halves(
+            samples=samples // 2,
+            scores=(float(first.values.mean()), float(second.values.mean())),
+            gain=gain(first.values, second.values),
+            changed=_changed(first, second),
+            test_samples=len(first),
+            worst_layer=worst.name,
+            worst_distance=worst.drift,
+        )
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = round(time.perf_counter() - self._started, 3)
+
+
+def _gain_of(comparison: Comparison, condition: Condition) -> Gain:
+    """The difference to the baseline, its p-value corrected as in the comparison."""
+    pair: Paired = next(p for r, p in comparison.others if r.condition == condition)
+    return Gain(pair.difference, *pair.difference_interval, pair.p_holm)
+
+
+def _worst(
+    attribution: Attribution | None, running: Statistics, reference: Statistics
+) -> list[str]:
+    """The layers to exchange for real: those with the largest shares of the loss, if known."""
+    if attribution is not None:
+        return [layer.name for layer in attribution.worst(EXCHANGED)]
+    names = [name for name in running.names if name in reference.mean]
+    return names[:EXCHANGED]
+
+
+def _exchanged(most: Statistics, one: Statistics, name: str) -> Statistics:
+    """`most`, but for one layer."""
+    return replace(
+        most, mean={**most.mean, name: one.mean[name]}, var={**most.var, name: one.var[name]}
+    )
+
+
+def _cost(reference: Scores, exchanged: Scores) -> LayerCost:
+    found = gain(reference.values, exchanged.values)
+    loss = None
+    if reference.predictions is not None and exchanged.predictions is not None:
+        difference = exchanged.predictions.mean_loss - reference.predictions.mean_loss
+        loss = difference if np.isfinite(difference) else None
+    return LayerCost(
+        found.difference,
+        (found.low, found.high),
+        _changed(reference, exchanged),
+        loss,
+        len(reference),
+    )
+
+
+def _changed(first: Scores, second: Scores) -> int:
+    if first.predictions is not None and second.predictions is not None:
+        return int((first.predictions.predicted != second.predictions.predicted).sum())
+    return int((first.values != second.values).sum())
+
+
+def _decay(model: nn.Module) -> str:
+    momenta = {layer.momentum for layer in batchnorm_layers(model).values()}
+    if len(momenta) > 1:
+        return "several decays"
+    momentum = momenta.pop()
+    return "cumulative average" if momentum is None else f"decay {round(1 - momentum, 12):g}"
+
+
+def _finite(statistics: Statistics) -> Statistics:
+    """The layers whose statistics are finite numbers."""
+    names = [
+        name
+        for name in statistics.names
+        if bool(torch.isfinite(statistics.mean[name]).all())
+        and bool(torch.isfinite(statistics.var[name]).all())
+    ]
+    return Statistics(
+        {n: statistics.mean[n] for n in names},
+        {n: statistics.var[n] for n in names},
+        {n: statistics.count[n] for n in names},
+    )

@@ -1,0 +1,266 @@
+"""Scores of the user's own tasks: any batches, any forward, any number per sample."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnexp.analysis.predictions import Predictions
+from bnexp.errors import UserError
+from bnexp.evaluation.predictions import classified
+from bnexp.nn.find import batchnorm_layers
+from bnexp.nn.inference import inference
+from bnexp.statistics import batch_statistics
+
+Forward = Callable[[nn.Module, Any], Any]
+Score = Callable[[Any, Any], Tensor]
+# What a model is evaluated under: a context that sets it up and puts everything back.
+Setting = Callable[[nn.Module], contextlib.AbstractContextManager]
+Name = TypeVar("Name")
+
+INPUT_KEYS = ("image", "images", "pixel_values", "img", "input", "inputs", "x", "data")
+LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """A score per sample, float64 (N,); with top-1 accuracy also what was predicted."""
+
+    values: np.ndarray
+    predictions: Predictions | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a batch becomes an output, and an output a number per sample.
+
+    forward: `forward(model, batch)` gives the output; None: the model is called with the batch's
+        tensor: the batch itself, the first of a tuple or list, or a dict's image.
+    score: `score(output, batch)` gives a tensor (N,), higher being better; None: 1 where the most
+        probable class is the batch's label.
+
+    Batches come with their tensors on `device`.
+    """
+
+    device: torch.device
+    forward: Forward | None = None
+    score: Score | None = None
+
+    def output(self, model: nn.Module, batch: Any) -> Any:
+        batch = to_device(batch, self.device)
+        return self.forward(model, batch) if self.forward else model(input_of(batch))
+
+    def rows(self, model: nn.Module, batch: Any) -> Tensor:
+        """(4, N): predicted, label, loss, confidence; or (1, N) of the user's own scores."""
+        batch = to_device(batch, self.device)
+        with torch.inference_mode():
+            output = self.output(model, batch)
+            if self.score is None:
+                return classified(*_classification(output, batch))
+            return _checked(self.score(output, batch)).double()[None]
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        """The sum over samples of the cross-entropy, or of minus the user's score."""
+        batch = to_device(batch, self.device)
+        output = self.output(model, batch)
+        if self.score is None:
+            logits, labels = _classification(output, batch)
+            return F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
+        values = _checked(self.score(output, batch))
+        return -values.sum(), len(values)
+
+
+def scores_under(
+    model: nn.Module, batches: Iterable, settings: Mapping[Name, Setting], task: Task
+) -> dict[Name, Scores]:
+    """Scores of the same samples under each of `settings`, in one pass over `batches`.
+
+    Under `batch_statistics` a batch smaller than the one before it is filled up with that one's
+    samples where they are tensors, so that every sample is normalized among equally many. The
+    model is as before afterwards, also after an exception.
+    """
+    parts: dict[Name, list[Tensor]] = {name: [] for name in settings}
+    before: Any = None
+    with inference(model):
+        for batch in batches:
+            missing = 0 if before is None else size_of(before) - size_of(batch)
+            for name, setting in settings.items():
+                with setting(model):
+                    if setting is batch_statistics and missing > 0:
+                        whole = _joined(before, batch, missing)
+                        parts[name].append(task.rows(model, whole)[:, missing:])
+                    else:
+                        parts[name].append(task.rows(model, batch))
+            before = batch if missing <= 0 else before
+    return {name: _gather(rows, task) for name, rows in parts.items()}
+
+
+@contextlib.contextmanager
+def other_eps(model: nn.Module, eps: float) -> Iterator[None]:
+    """Within the block all BN layers of `model` have this eps."""
+    layers = batchnorm_layers(model).values()
+    own = [layer.eps for layer in layers]
+    try:
+        for layer in layers:
+            layer.eps = eps
+        yield
+    finally:
+        for layer, value in zip(layers, own, strict=True):
+            layer.eps = value
+
+
+@dataclass
+class FirstSamples:
+    """The first batches of an iterable, until they hold so many samples; None: all of it.
+    `seen` and `batches_seen` say how many the last pass over them held."""
+
+    batches: Iterable
+    samples: int | None
+    seen: int = 0
+    batches_seen: int = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.seen = self.batches_seen = 0
+        for batch in self.batches:
+            self.seen += size_of(batch)
+            self.batches_seen += 1
+            yield batch
+            if self.samples is not None and self.seen >= self.samples:
+                return
+
+
+@dataclass(frozen=True)
+class EveryOther:
+    """Every second batch, from the first or from the second on: disjoint halves."""
+
+    batches: Iterable
+    start: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for i, batch in enumerate(self.batches) if i % 2 == self.start)
+
+
+def input_of(batch: Any) -> Tensor:
+    """The tensor a batch is for the model; UserError where that can't be told."""
+    found = batch
+    if isinstance(batch, tuple | list) and batch:
+        found = batch[0]
+    elif isinstance(batch, Mapping):
+        found = next((batch[key] for key in INPUT_KEYS if key in batch), batch)
+    if isinstance(found, Tensor):
+        return found
+    what = f"dict with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "batch"
+    raise UserError(
+        f"what of a {what} the model is to get can't be told: pass "
+        "forward=lambda model, batch: model(...)"
+    )
+
+
+def labels_of(batch: Any) -> Tensor:
+    """The labels in a batch; UserError where there are none to be told."""
+    found = None
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        found = batch[1]
+    elif isinstance(batch, Mapping):
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    if isinstance(found, Tensor):
+        return found
+    raise UserError(
+        "the test batches have no labels that could be told: give (input, label) batches, or pass "
+        "score=lambda output, batch: ..."
+    )
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors_in(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from tensors_in(value)
+
+
+def size_of(batch: Any) -> int:
+    """The samples in a batch: the length of its first tensor."""
+    for tensor in tensors_in(batch):
+        if tensor.dim():
+            return len(tensor)
+    raise UserError(f"a batch of type {type(batch).__name__} has no tensor in it to count")
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _mapped(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        values = [_mapped(value, function) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
+
+
+def _joined(before: Any, batch: Any, count: int) -> Any:
+    """The last `count` samples of one batch, and then the samples of another."""
+    length, others = size_of(batch), iter(list(tensors_in(before)))
+
+    def join(tensor: Tensor) -> Tensor:
+        other = next(others)
+        joins = tensor.dim() and len(tensor) == length
+        return torch.cat([other[-count:], tensor]) if joins else tensor
+
+    return _mapped(batch, join)
+
+
+def _classification(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    labels = labels_of(batch)
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"the model's output is a {type(output).__name__}: pass forward=lambda model, batch: "
+            "... that returns logits, or score=lambda output, batch: ..."
+        )
+    if output.dim() != 2 or labels.shape != output.shape[:1]:
+        raise UserError(
+            f"top-1 accuracy needs logits (N, classes) and labels (N,), not {tuple(output.shape)} "
+            f"and {tuple(labels.shape)}: pass score=lambda output, batch: ... with a number per "
+            "sample"
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < output.shape[1]:
+        raise UserError(
+            f"labels from {int(labels.min())} to {int(labels.max())} don't fit the model's "
+            f"{output.shape[1]} classes"
+        )
+    return output, labels.long()
+
+
+def _checked(values: Any) -> Tensor:
+    if not isinstance(values, Tensor) or values.dim() != 1:
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"score gave {shape}: a tensor (N,) with a number per sample is needed")
+    return values
+
+
+def _gather(parts: list[Tensor], task: Task) -> Scores:
+    if not parts:
+        raise UserError("there are no samples to test on: is the iterator used up?")
+    rows = torch.cat(parts, dim=1).cpu().numpy()
+    if task.score is not None:
+        return Scores(rows[0].astype(np.float64))
+    predicted, labels, loss, confidence = rows
+    found = Predictions(predicted.astype(np.int64), labels.astype(np.int64), loss, confidence)
+    return Scores(found.correct.astype(np.float64), found)

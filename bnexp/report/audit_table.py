@@ -1,0 +1,136 @@
+"""An audit as a table of plain text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from bnexp.analysis.comparison import Comparison
+from bnexp.analysis.findings import Finding, Halves
+from bnexp.analysis.words import p_value
+
+if TYPE_CHECKING:
+    from bnexp.evaluation.attribution import Attribution
+
+WIDTH = 96
+
+
+def as_text(
+    comparison: Comparison,
+    findings: Sequence[Finding],
+    summary: str,
+    attribution: Attribution | None,
+    halves: Halves | None,
+) -> str:
+    parts = [
+        _wrapped(summary),
+        _wrapped(comparison.verdict.text),
+        _table(*_conditions(comparison)),
+        *(_finding(i, finding) for i, finding in enumerate(findings, start=1)),
+    ]
+    if attribution is not None:
+        parts.append(_attribution(comparison, attribution))
+    if halves is not None:
+        parts.append(_halves(comparison, halves))
+    return "\n\n".join(parts)
+
+
+def _conditions(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    top1 = comparison.score == "accuracy"
+    head = ["statistics", "accuracy %" if top1 else comparison.score, "95 % interval"]
+    head += ["loss"] * top1 + ["difference", "95 % interval", "changed", "p"]
+    scale, spec = (100, ".2f") if top1 else (1, ".4g")
+    rows = []
+    for result in comparison.results:
+        low, high = result.accuracy_interval
+        row = [
+            str(result.condition),
+            format(scale * result.accuracy, spec),
+            f"{scale * low:{spec}} … {scale * high:{spec}}",
+        ]
+        if top1:
+            row.append("–" if result.loss is None else f"{result.loss:.4f}")
+        if pair := result.versus_baseline:
+            low, high = pair.difference_interval
+            row += [
+                f"{scale * pair.difference:+{spec}}",
+                f"{scale * low:+{spec}} … {scale * high:+{spec}}",
+                f"{pair.changed:,}",
+                p_value(pair.p_holm).removeprefix("p = ").removeprefix("p "),
+            ]
+        rows.append([*row, *[""] * (len(head) - len(row))])
+    return head, rows
+
+
+def _finding(number: int, finding: Finding) -> str:
+    about = ""
+    if finding.layers:
+        shown = ", ".join(finding.layers[:3])
+        more = len(finding.layers) - 3
+        about = f"  ({shown}{f' and {more} more' if more > 0 else ''})"
+    head = f"{number}. {finding.code}{' (harmless)' if finding.harmless else ''}{about}"
+    lines = [f"{finding.evidence}", f"{finding.effect}", f"-> {finding.remedy}"]
+    return "\n".join([head, *(_wrapped(line, "   ") for line in lines)])
+
+
+def _attribution(comparison: Comparison, attribution: Attribution) -> str:
+    share = ""
+    if attribution.difference:
+        share = f", {100 * attribution.explained / attribution.difference:.0f} % of it"
+    head = (
+        f"Running averages raise the loss by {attribution.difference:.4g} on "
+        f"{attribution.samples:,} test samples; by gradients the layers account for "
+        f"{attribution.explained:.4g}{share}. The layers that matter most, and what exchanging one "
+        "alone does:"
+    )
+    exchanged = {
+        row.name: row for rows in list(comparison.layers.values())[:1] for row in rows if row.mended
+    }
+    scale, spec = (100, "+.2f") if comparison.score == "accuracy" else (1, "+.3g")
+    rows = []
+    for layer in attribution.worst(len(exchanged) or 5):
+        row = exchanged.get(layer.name)
+        worst = int(layer.channels.abs().argmax())
+        rows.append(
+            [
+                layer.name,
+                f"{layer.loss:+.4f}",
+                f"{worst} ({float(layer.channels[worst]):+.4f})",
+                "" if row is None or row.mended is None
+                else f"{scale * row.mended.difference:{spec}}",
+                "" if row is None or row.spoiled is None
+                else f"{scale * row.spoiled.difference:{spec}}",
+            ]
+        )  # fmt: skip
+    table = _table(["layer", "loss", "worst channel", "mended alone", "spoiled alone"], rows)
+    return f"{_wrapped(head)}\n{table}"
+
+
+def _halves(comparison: Comparison, halves: Halves) -> str:
+    first, second = (
+        f"{100 * s:.2f} %" if comparison.score == "accuracy" else f"{s:.4g}" for s in halves.scores
+    )
+    return _wrapped(
+        f"How many samples? Statistics from two disjoint halves of {halves.samples:,} samples "
+        f"score {first} and {second} on {halves.test_samples:,} test samples, {halves.changed:,} "
+        f"predictions differ; furthest apart is {halves.worst_layer}, by "
+        f"{halves.worst_distance:.3f} standard deviations."
+    )
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    table = [list(head), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    lines = []
+    for row in table:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join(lines)
