@@ -96,7 +96,7 @@ def exact(task: Task) -> dict[str, Population]:
     start = list(itertools.islice(batches, 2))
     if not start:
         raise no_batches()
-    probe = Probe.of(task, start[0], task.given)
+    probe = Probe.of(task, start[0])
     several = [name for name, calls in Counter(c.name for c in probe.calls).items() if calls > 1]
     if several and task.calls == "joint":
         return all_calls_together(task, [*start, *batches])
@@ -110,7 +110,7 @@ def exact(task: Task) -> dict[str, Population]:
         return by_layer(PopulationCall.of([call]) for call in probe.calls)
     reason = probe.change
     if reason is not None:  # perhaps a cache, which is filled once: does it change again?
-        reason = Probe.of(task, start[1], ModelState(task.model)).change
+        reason = Probe.of(task, start[1]).change
     if reason is None:
         try:
             return by_layer(_swept(task, probe, itertools.chain(start, batches)))
@@ -135,7 +135,7 @@ def exact(task: Task) -> dict[str, Population]:
 def memory_estimate(task: Task) -> MemoryEstimate:
     """Takes and runs the first batch."""
     for batch in task.batches:
-        return Probe.of(task, batch, task.given).estimate(task)
+        return Probe.of(task, batch).estimate(task)
     raise no_batches()
 
 
@@ -152,12 +152,13 @@ class Probe:
     change: str | None
 
     @staticmethod
-    def of(task: Task, batch: Any, state: ModelState) -> Probe:
+    def of(task: Task, batch: Any) -> Probe:
         memory = PassMemory()
         calls: list[Call] = []
         change: str | None = None
         blocks = task.run.blocks()
-        with OffloadMode(OffloadStore()) as mode:
+        with task.run.unseen, OffloadMode(OffloadStore()) as mode:
+            state = ModelState(task.model)
 
             def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
                 nonlocal change

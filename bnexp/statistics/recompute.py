@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.nn.find import batchnorm_layers
+from bnexp.nn.find import batchnorm_layers, refuse_replicas
 from bnexp.nn.inference import ModelState, eagerly, inference
 from bnexp.nn.intercept import normalized_by
 from bnexp.ranks import Ranks, choose_ranks
@@ -120,13 +120,16 @@ def recompute_statistics(
         prepared_task(model, batches, device, memory, forward, stop_after, calls, report) as task,
     ):
         found = METHODS[method](task)
-    unreached = [name for name in task.layers if name not in found]
+    unseen = task.run.unseen
+    unreached = [name for name in task.layers if name not in {*found, *unseen.read}]
     if unreached and stop_after is None:
         warnings.warn(
             f"no batch reached BN layer{'s' * (len(unreached) > 1)} {', '.join(unreached)}: left "
             "out of the statistics",
             stacklevel=2,
         )
+    if text := unseen.warning():
+        warnings.warn(text, stacklevel=2)
     names = [name for name in task.layers if name in found]
     return Statistics(
         {name: found[name].mean.cpu() for name in names},
@@ -165,6 +168,7 @@ def prepared_task(
 ) -> Iterator[Task]:
     """The task that these arguments mean, with the model in inference mode meanwhile."""
     model = original_module(model)
+    refuse_replicas(model)
     layers = batchnorm_layers(model)
     if not layers:
         raise UserError("the model has no BN layer, so there are no statistics to recompute")
