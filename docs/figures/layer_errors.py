@@ -39,11 +39,11 @@ from bnexp.training.schedule import learning_rate  # noqa: E402
 from bnexp.config.schema import OneCycleSchedule, SgdConfig  # noqa: E402
 from bnexp.data import Data, DataSettings, load_data  # noqa: E402
 from bnexp.networks import build_model  # noqa: E402
+from bnexp.nn.find import batchnorm_layers  # noqa: E402
 from bnexp.performance import keep_freed_memory  # noqa: E402
 from bnexp.statistics import (  # noqa: E402
     Statistics,
     batch_statistics,
-    batchnorm_layers,
     estimate_memory,
     layer_drift,
     recompute_statistics,
