@@ -122,6 +122,8 @@ def recompute_statistics(
             "out of the statistics",
             stacklevel=2,
         )
+    if (unseen := task.run.unseen.warning()) is not None:
+        warnings.warn(unseen, stacklevel=2)
     names = [name for name in task.layers if name in found]
     return Statistics(
         {name: found[name].mean.cpu() for name in names},
