@@ -33,7 +33,8 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from bnexp.training.optimization import build_optimizer, learning_rate  # noqa: E402
+from bnexp.training.optimizer import build_optimizer  # noqa: E402
+from bnexp.training.schedule import learning_rate  # noqa: E402
 
 from bnexp.config.schema import OneCycleSchedule, SgdConfig  # noqa: E402
 from bnexp.data import Data, DataSettings, load_data  # noqa: E402
