@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bnexp.errors import NotFinite, UserError
 from bnexp.nn.inference import ModelState
+from bnexp.nn.unseen import UnseenStatistics
 from bnexp.statistics.moments import Moments
 from bnexp.statistics.open_blocks import OpenBlocks
 from bnexp.statistics.pass_settings import PassSettings
@@ -101,12 +102,15 @@ class Runner:
         self._given = given
         self._settings = settings
         self._writes = True
+        self.unseen = UnseenStatistics(model)
 
     def try_out(self, batch: Any) -> None:
-        """Run a batch that nobody else needs, and note whether the model writes into it."""
+        """Run a batch that nobody else needs, and note whether the model writes into it, and
+        which statistics it uses without calling their layers."""
         before = _versions(batch)
         try:
-            self._run(batch)
+            with self.unseen:
+                self._run(batch)
         except Done:
             self._undo()
         self._writes = any(version is None or version_of(t) != version for t, version in before)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.nn.find import batchnorm_layers
+from bnexp.nn.find import batchnorm_layers, refuse_replicas
 from bnexp.nn.inference import ModelState, eagerly, inference
 from bnexp.nn.intercept import normalized_by
 from bnexp.ranks import Ranks, choose_ranks
@@ -122,6 +122,8 @@ def recompute_statistics(
             "out of the statistics",
             stacklevel=2,
         )
+    if (unseen := task.run.unseen.warning()) is not None:
+        warnings.warn(unseen, stacklevel=2)
     names = [name for name in task.layers if name in found]
     return Statistics(
         {name: found[name].mean.cpu() for name in names},
@@ -159,6 +161,7 @@ def prepared_task(
     report: Report,
 ) -> Iterator[Task]:
     """The task that these arguments mean, with the model in inference mode meanwhile."""
+    refuse_replicas(model)
     model = original_module(model)
     layers = batchnorm_layers(model)
     if not layers:
