@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
-
+from bnexp.reading import read
 from bnexp.statistics.rules import Estimator
 
-Weights = Literal["trained", "best", "ema", "swa"]
+Weights = Literal["trained", "best", "best-on-test", "ema", "swa"]
 AVERAGED: tuple[Weights, ...] = ("ema", "swa")
 
 
@@ -84,9 +83,10 @@ def label(condition: Condition, made: Mapping[str, str]) -> str:
 
 
 def made_by(config: Mapping[str, Any]) -> dict[str, str]:
-    """`made` for `label`, from a run's resolved config as plain data."""
+    """`made` for `label`, from a run's resolved config as plain data. UserError and LookupError
+    where it is damaged."""
     statistics, test = config["statistics"], config["test"]
-    rules = TypeAdapter(dict[str, Estimator]).validate_python(statistics["estimators"])
+    rules = read(dict[str, Estimator], statistics["estimators"])
     return {
         "running": f"decay {statistics['decay']:g}",
         "recomputed": statistics["recompute"]["method"],

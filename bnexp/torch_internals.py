@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, overrides
+from torch.nn import parameter
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # noqa: F401
-from torch.nn.parameter import is_lazy  # noqa: F401
 from torch.utils import _python_dispatch
 
 SavedTensorHooks = tuple[Callable, Callable]
@@ -20,6 +20,11 @@ def original_module(model: nn.Module) -> nn.Module:
     Layers are thus named alike with and without compiling.
     """
     return getattr(model, "_orig_mod", model)
+
+
+def is_lazy(tensor: Tensor | None) -> bool:
+    """Whether it is a parameter or buffer of a lazy layer, without shape so far."""
+    return tensor is not None and parameter.is_lazy(tensor)
 
 
 def in_backward() -> bool:

@@ -288,7 +288,8 @@ def test_averaged_weights_are_compared_with_stale_and_recomputed_statistics(bnex
         result = {k["name"]: k["accuracy"] for k in json.loads(done.stdout)["kinds"]}
         if weights in ("ema", "swa"):
             logged = {k["name"]: k["accuracy"] for k in run.comparison()["kinds"]}
-            assert result["recomputed"] == logged[f"{weights}/recomputed"]
+            assert result[f"{weights}/recomputed"] == logged[f"{weights}/recomputed"]
+            assert f"{weights.upper()} weights with " in json.loads(done.stdout)["verdict"]
 
 
 def test_help_and_import_need_no_torch():

@@ -44,11 +44,11 @@ from bnexp.analysis.intervals import (
 )
 from bnexp.analysis.layers import LayerRow
 from bnexp.analysis.predictions import Predictions
-from bnexp.analysis.reading import read
 from bnexp.analysis.results import Paired, Result, compared_result, paired_results
 from bnexp.analysis.verdict import Outcome, Verdict, judge, outcome, worst_moment
 from bnexp.condition import Condition, Weights, label
 from bnexp.errors import UserError
+from bnexp.reading import read
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,9 @@ class Comparison:
             classes = read(list[str], content["classes"])
             class_samples = read(list[int], content["class_samples"])
             baseline = Condition.parse(content["baseline"], own)
+            score = read(str, content.get("score", "accuracy"))
+            if bool(classes) != (score == "accuracy"):
+                raise UserError("an accuracy has classes, and other scores have none")
             _check(results, baseline, classes, class_samples)
             return cls(
                 samples=read(int, content["samples"]),
@@ -139,7 +142,7 @@ class Comparison:
                     read(str, content["verdict"]),
                     read(tuple[str, ...], content.get("remarks", [])),
                 ),
-                score=read(str, content.get("score", "accuracy")),
+                score=score,
             )
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"it is not a comparison ({type(error).__name__}: {error})") from None
@@ -159,7 +162,7 @@ def _check(
     lengths = {len(classes), len(class_samples), *map(len, lists)}
     lengths |= {len(pair.class_difference) for _, pair in pairs}
     tested = [n > 0 for n in class_samples]
-    if len(lengths) > 1 or not any(tested) or min(class_samples) < 0:
+    if len(lengths) > 1 or (classes and not any(tested)) or min(class_samples, default=0) < 0:
         raise UserError("the numbers of classes do not belong together")
     if any([share is not None for share in r.class_accuracy] != tested for r in results):
         raise UserError("a class has an accuracy without samples, or samples without one")

@@ -10,7 +10,7 @@ import numpy as np
 
 from bnexp.analysis.intervals import Interval, finite, paired_counts, paired_interval
 from bnexp.analysis.predictions import Predictions
-from bnexp.analysis.reading import read
+from bnexp.reading import read
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from bnexp.config.schema import Config
 from bnexp.errors import shown
 
 
-def _keys_at(location: tuple) -> list[str]:
+def _keys_at(location: tuple, schema: type) -> list[str]:
     """The keys allowed in the section at `location`, a pydantic error location."""
-    models: list[type] = [Config]
+    models: list[type] = [schema]
     for part in location:
         fields = [fields_of(m)[part] for m in models if part in fields_of(m)]
         if fields:
@@ -34,10 +34,10 @@ def _tags(model: type) -> tuple:
     return ()
 
 
-def written_key(location: tuple) -> str:
+def written_key(location: tuple, schema: type = Config) -> str:
     """The location as the user wrote it, without the tags pydantic inserts for unions."""
     parts: list[str] = []
-    models: list[type] = [Config]
+    models: list[type] = [schema]
     for part in location:
         fields = [fields_of(m)[part] for m in models if part in fields_of(m)]
         if not fields and any(part in _tags(m) for m in models):
@@ -50,14 +50,14 @@ def written_key(location: tuple) -> str:
     return ".".join(parts)
 
 
-def explain(error: ErrorDetails) -> str:
-    """One line for one pydantic error."""
+def explain(error: ErrorDetails, schema: type = Config) -> str:
+    """One line for one pydantic error in what should be a `schema`."""
     location, kind, context = error["loc"], error["type"], error.get("ctx", {})
-    key = written_key(location)
+    key = written_key(location, schema)
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         if location[-1] == "momentum" and location[0] != "training":
             return _momentum_advice(key, error["input"])
-        known = _keys_at(location[:-1])
+        known = _keys_at(location[:-1], schema)
         near = difflib.get_close_matches(str(location[-1])[:100], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         if len(location) == 4 and location[1] in ("optimizer", "schedule"):

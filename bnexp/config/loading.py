@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bnexp.config.annotations import Kinds, admits_names, below, items_of, takes_text
 from bnexp.config.explaining import explain, written_key
@@ -20,35 +20,50 @@ from bnexp.errors import UserError, shown
 MAX_TEXT = 4096
 
 
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in the YAML file at `path`, with dotted `key=value` overrides applied.
 
     Raises UserError (one line) for a missing or unreadable file, YAML that does not parse, an
     unknown key, a value of the wrong type or out of range, or sections that contradict each other.
     """
+    return load(path, overrides, Config)
+
+
+def load(path: Path, overrides: Sequence[str], schema: type[Schema]) -> Schema:
+    """As `load_config`, for any of the schemas; a `name` that is missing is the file's."""
     tree = _read(path)
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
     tree.setdefault("name", words[:100] or "run")
-    return resolve(tree, overrides, _written(path))
+    return resolved(tree, overrides, _written(path), schema)
 
 
 def resolve(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
     """The `Config` of an already parsed mapping, which is left as it is; `source` names it in
     errors."""
+    return resolved(tree, overrides, source, Config)
+
+
+def resolved(
+    tree: dict[str, Any], overrides: Sequence[str], source: str, schema: type[Schema]
+) -> Schema:
+    """As `resolve`, for any of the schemas."""
     tree = unshared(tree)
     for assignment in overrides:
-        _override(tree, assignment)
+        _override(tree, assignment, schema)
     try:
-        tree = _typed(tree, [Config])
+        tree = _typed(tree, [schema], schema)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     try:
-        return Config.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         more = error.error_count() - 1
         tail = f" (and {more} more)" if more else ""
-        raise UserError(f"{source}: {explain(first)}{tail}") from None
+        raise UserError(f"{source}: {explain(first, schema)}{tail}") from None
 
 
 def _written(path: Path) -> str:
@@ -83,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], assignment: str) -> None:
+def _override(tree: dict[str, Any], assignment: str, schema: type[BaseModel]) -> None:
     key, equals, text = assignment.partition("=")
     said = f"override {shown(assignment)}"
     if not equals or not key:
@@ -92,11 +107,11 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         )
     if len(key) > 1000:
         raise UserError(f"{said}: no key is that long")
-    *parents, last = parts = _split(tree, key)
+    *parents, last = parts = _split(tree, key, schema)
     if len(parts) > MAX_DEPTH:
         raise UserError(f"{said}: no key lies {len(parts)} sections deep")
     node: Any = tree
-    kinds: Kinds = [Config]
+    kinds: Kinds = [schema]
     for depth, parent in enumerate(parents):
         child = node.get(parent)
         if child is None or (isinstance(child, Scalar) and child.value is None):
@@ -112,12 +127,12 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
     node[last] = _value(text, below(kinds, last), said)
 
 
-def _split(tree: dict[str, Any], key: str) -> list[str]:
+def _split(tree: dict[str, Any], key: str, schema: type[BaseModel]) -> list[str]:
     """The parts of a dotted key; a name that has dots itself, in `tree` or given anew where the
     schema has a mapping of names, stays whole."""
     parts: list[str] = []
     node: Any = tree
-    kinds: Kinds = [Config]
+    kinds: Kinds = [schema]
     rest: str | None = key
     while rest is not None:
         names = node if isinstance(node, dict) else {}
@@ -142,21 +157,27 @@ def _value(text: str, kinds: Kinds, said: str) -> Any:
     return parse_yaml(text, said)
 
 
-def _typed(node: Any, kinds: Kinds, location: tuple[str | int, ...] = ()) -> Any:
+def _typed(
+    node: Any, kinds: Kinds, schema: type[BaseModel], location: tuple[str | int, ...] = ()
+) -> Any:
     """The tree with each scalar read as what may stand there: a text as typed, or a value."""
     if isinstance(node, dict):
-        return {k: _typed(inner, below(kinds, k), (*location, k)) for k, inner in node.items()}
+        return {
+            k: _typed(inner, below(kinds, k), schema, (*location, k)) for k, inner in node.items()
+        }
     if isinstance(node, list):
         items = items_of(kinds)
-        return [_typed(inner, items, (*location, i)) for i, inner in enumerate(node)]
+        return [_typed(inner, items, schema, (*location, i)) for i, inner in enumerate(node)]
     plain = node.text if isinstance(node, Scalar) else node
     value = node.value if isinstance(node, Scalar) else node
     if isinstance(plain, str) and takes_text(kinds) and not (value is None and NoneType in kinds):
         if len(plain) > MAX_TEXT:
-            raise UserError(f"{written_key(location)} has more than {MAX_TEXT:,} characters")
+            raise UserError(
+                f"{written_key(location, schema)} has more than {MAX_TEXT:,} characters"
+            )
         return plain
     if wrong := _misreading(value, kinds):
-        raise UserError(f"{written_key(location)} is {shown(plain)}; {wrong}")
+        raise UserError(f"{written_key(location, schema)} is {shown(plain)}; {wrong}")
     return value
 
 

@@ -344,6 +344,9 @@ class CheckpointsConfig(Section):
     """Seconds between checkpoints; whichever is due first counts."""
     keep: PositiveInt = 2
     """How many of the newest are kept; the best is kept besides."""
+    best: Literal["best", "best-on-test"] = "best"
+    """Which evaluation's weights are the best: by the validation images, where there are any; or
+    best-on-test, by the test images, on which their accuracy is then better than on others."""
 
 
 class PerformanceConfig(Section):
@@ -407,6 +410,10 @@ class Config(Section):
     def _sections_agree(self):
         if self.training.early_stopping and not self.test.every:
             raise ValueError("training.early_stopping needs evaluations: set test.every")
+        if self.training.early_stopping and self.checkpoints.best == "best-on-test":
+            raise ValueError(
+                "training.early_stopping goes by the validation images: leave checkpoints.best out"
+            )
         if "batch" in self.test.statistics and self.test.batch_size < 2:
             raise ValueError("test.statistics has batch, so test.batch_size must be at least 2")
         part, batch = self.statistics.normalization_batch, self.training.batch_size

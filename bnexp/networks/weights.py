@@ -325,3 +325,28 @@ def _listed(names: Iterable[str], most: int = 4) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def same_averages_as(checkpoint: Checkpoint, found: Match, model: nn.Module) -> str | None:
+    """Where in the file other weights have bit for bit the BN averages that were found, if so."""
+    state = dict(mappings(checkpoint.content))
+    buffers = {
+        f"{layer}.{b}" if layer else b for layer in batchnorm_layers(model) for b in BUFFERS[:2]
+    }
+    for key in state:
+        if key == found.key:
+            continue
+        other = _fit(state[key], _tensors(model))
+        shared = [n for n in found.names if n in other and n not in buffers]
+        both = [n for n in found.names if n in other and n in buffers]
+        if not both or not shared:
+            continue
+        same = {
+            n: torch.equal(state[key][other[n]], state[found.key][found.names[n]])
+            for n in (*shared, *both)
+        }
+        if all(same[n] for n in both) and not all(
+            same[n] for n in shared if not n.endswith(BUFFERS[2])
+        ):
+            return key
+    return None

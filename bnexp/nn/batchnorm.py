@@ -14,7 +14,6 @@ subclasses of `torch.nn`'s layers, of which only what `F.batch_norm` computes is
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -215,7 +214,7 @@ class TrackedBatchNorm(BatchNormBase):
                 "ghost batches or is a subclass of bnexp's layers: close() the StatisticsTracker, "
                 "or call bnexp.nn.restore_batchnorm(model) first"
             )
-        self.__class__ = plain
+        turn_into(self, plain)
         return self
 
     def extra_repr(self) -> str:
@@ -282,13 +281,18 @@ class FollowedBatchNorm(TrackedBatchNorm):
             self._buffers["num_batches_tracked"] = before
 
 
-@functools.cache
+def turn_into(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Give the layer another class; it stays the same object with the same tensors."""
+    layer.__class__ = cls
+
+
 def followed_class(plain: type[BatchNormBase]) -> type[TrackedBatchNorm]:
     """The class made from `plain`, of the same name, whose layers can be tracked, frozen and so on.
 
     plain: a subclass of `torch.nn`'s layers.
     """
-    own_forward = plain.forward is not BatchNormBase.forward
+    if plain in _MADE:
+        return _MADE[plain]
     members = {
         "plain_class": plain,
         "__module__": plain.__module__,
@@ -296,8 +300,13 @@ def followed_class(plain: type[BatchNormBase]) -> type[TrackedBatchNorm]:
         # A pickle can't name a class that was made here: it names the one it was made from.
         "__reduce_ex__": lambda layer, protocol: (_new, (plain,), layer.__getstate__()),
     }
+    own_forward = plain.forward is not BatchNormBase.forward
     base = FollowedBatchNorm if own_forward else TrackedBatchNorm
-    return type(plain.__name__, (base, plain), members)
+    _MADE[plain] = type(plain.__name__, (base, plain), members)
+    return _MADE[plain]
+
+
+_MADE: dict[type[BatchNormBase], type[TrackedBatchNorm]] = {}
 
 
 def _new(plain: type[BatchNormBase]) -> TrackedBatchNorm:

@@ -18,6 +18,7 @@ from bnexp.nn.batchnorm import (
     TrackedBatchNorm,
     followed_class,
     plain_class,
+    turn_into,
 )
 from bnexp.nn.find import all_batchnorms
 from bnexp.torch_internals import original_module
@@ -62,7 +63,7 @@ def convert_batchnorm(model: Model) -> Model:
             )
     for module in model.modules():
         if type(module) in _OURS:
-            module.__class__ = _OURS[type(module)]
+            turn_into(module, _OURS[type(module)])
     return model
 
 
@@ -86,7 +87,7 @@ def followed_layers(model: nn.Module) -> dict[str, TrackedBatchNorm]:
     followed = {}
     for name, layer in all_batchnorms(model).items():
         if not isinstance(layer, TrackedBatchNorm | LazyModuleMixin):
-            layer.__class__ = followed_class(type(layer))
+            turn_into(layer, followed_class(type(layer)))
         followed[name] = cast(TrackedBatchNorm, layer)
     return followed
 
@@ -107,5 +108,5 @@ def restore_batchnorm(model: Model) -> Model:
         if plain is not None:
             for name in ("normalization_batch", "frozen"):
                 layer.__dict__.pop(name, None)
-            layer.__class__ = plain
+            turn_into(layer, plain)
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -118,7 +119,7 @@ def _normalizes_its_input(bn: nn.BatchNorm2d) -> bool:
     calls = [node for node in nodes if node.target is F.batch_norm]
     if len(inputs) != 1 or len(calls) != 1:
         return False
-    call = BatchNormCall(*calls[0].args, **calls[0].kwargs)  # of nodes, not of tensors
+    call: Any = BatchNormCall(*calls[0].args, **calls[0].kwargs)  # of nodes, not of tensors
     names = BatchNormCall._fields[1:5]
     of_layer = [None if getattr(bn, name) is None else name for name in names]
     return (
@@ -140,19 +141,18 @@ def _asks_for_shape(node: fx.Node) -> bool:
 def _folded_parameters(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Parameter]:
     flush([bn])
     kind = torch.float32 if conv.weight.device.type == "mps" else torch.float64
-    scale = (bn.running_var.to(kind) + bn.eps).rsqrt()
+    scale = (bn.get_buffer("running_var").to(kind) + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight.to(kind)
-    shift = -bn.running_mean.to(kind)
+    shift = -bn.get_buffer("running_mean").to(kind)
     if conv.bias is not None:
         shift = shift + conv.bias.to(kind)
     bias = shift * scale
     if bn.bias is not None:
         bias = bias + bn.bias.to(kind)
     weight = conv.weight.to(kind) * scale[:, None, None, None]
-    return tuple(
-        nn.Parameter(value.to(conv.weight.dtype), requires_grad=False) for value in (weight, bias)
-    )
+    dtype = conv.weight.dtype
+    return nn.Parameter(weight.to(dtype), False), nn.Parameter(bias.to(dtype), False)
 
 
 def _passing_on(bn: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:

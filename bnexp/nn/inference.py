@@ -85,15 +85,15 @@ class ModelState:
         for name, module in model.named_modules():
             of = f"{type(module).__name__} {name!r}" if name else "the model"
             attributes = vars(module)
-            keys = [*attributes]
+            keys = None
             if isinstance(module, BatchNormBase):
-                keys = [key for key in keys if key in _OF_ALL_MODULES and key != "_buffers"]
+                keys = [key for key in attributes if key in _OF_ALL_MODULES and key != "_buffers"]
             self._held[id(attributes)] = _Held(attributes, f"of {of}", keys)
-            for key in keys:
+            for key in attributes if keys is None else keys:
                 self._hold(attributes[key], f"in {key!r} of {of}")
             for key, tensor in module._parameters.items():
                 self._watch(tensor, f"values of {key!r} of {of}", copy=False)
-            for key, tensor in module._buffers.items() if "_buffers" in keys else ():
+            for key, tensor in module._buffers.items() if keys is None else ():
                 self._watch(tensor, f"values of {key!r} of {of}", copy=True)
 
     def _hold(self, value: Any, where: str, depth: int = 2) -> None:

@@ -20,7 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.style.core import STYLE_BLACKLIST as UNSTYLED
 
 # CSS variable: (light, dark)
 PALETTE = {
@@ -42,9 +41,13 @@ WIDE, NARROW = 7.2, 3.45  # inches; one inch is about 100 CSS pixels where the p
 _LEFT, _RIGHT, _BOTTOM = 0.48, 0.14, 0.42
 _TITLE, _LEGEND_ROW, _ROW, _TALL_ROW = 0.27, 0.19, 0.22, 0.33
 _END_ROW, _END_SAMPLE = 0.15, 0.55  # of the names at the ends of lines
+_OF_PICTURES = (
+    "agg.", "axes.", "figure.", "font.", "grid.", "legend.", "lines.", "markers.", "mathtext.",
+    "patch.", "path.", "savefig.", "svg.", "text.", "xtick.", "ytick.",
+)  # fmt: skip
 # Over matplotlib's own defaults, so that no one's matplotlibrc changes the pictures.
 _STYLE = {
-    **{key: value for key, value in matplotlib.rcParamsDefault.items() if key not in UNSTYLED},
+    **{k: v for k, v in matplotlib.rcParamsDefault.items() if k.startswith(_OF_PICTURES)},
     "font.size": 8.5,
     "text.color": COLOUR["ink"],
     "axes.edgecolor": COLOUR["muted"],

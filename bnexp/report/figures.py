@@ -6,18 +6,16 @@ the figure shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bnexp.analysis.layers import LayerCost, worst_first
-from bnexp.analysis.words import capital, count, percent, points, signed, signed_interval
-from bnexp.condition import Condition, compared_with, statistics_label
+from bnexp.analysis.words import capital, count, percent, points, signed
+from bnexp.condition import Condition, statistics_label
 from bnexp.report.curves import envelope, thin
 from bnexp.report.drawing import (
     COLOUR,
@@ -30,11 +28,22 @@ from bnexp.report.drawing import (
     end_of,
     save,
 )
+from bnexp.report.layers import layer_costs, layer_drift
+from bnexp.report.parts import (
+    TABLE_BINS,
+    accuracy_limits,
+    bins_for,
+    draw_band,
+    draw_interval,
+    draw_line,
+    step_axis,
+    value_at,
+    value_axis,
+    write_value,
+)
 from bnexp.report.run_data import RunData
 from bnexp.report.several import by_test_set, config_differences
 
-TABLE_BINS = 60
-MAX_LAYERS = 30
 MAIN = ("running", "recomputed", "batch")
 # A plot of accuracies shows those within so much of the best; what is further off is written.
 SHOWN = 0.25
@@ -100,11 +109,11 @@ def training_accuracy(run: RunData) -> Plot | None:
     test_steps, test = run.curve("test", baseline)
     val_steps, val = run.curve("val", baseline)
     mended_steps, mended = run.curve("test", recomputed) if recomputed else (steps[:0], steps[:0])
-    distance = _at(train_steps, steps, ema) - train
+    distance = value_at(train_steps, steps, ema) - train
 
     def draw(axes: Axes, narrow: bool) -> None:
-        _band(axes, steps, 100 * batch, COLOUR["purple"], "mini-batches", narrow)
-        x, y = thin(steps, 100 * ema, _bins(narrow))
+        draw_band(axes, steps, 100 * batch, COLOUR["purple"], "mini-batches", narrow)
+        x, y = thin(steps, 100 * ema, bins_for(narrow))
         axes.plot(x, y, color=COLOUR["purple"], label="EMA of training", zorder=3)
         curves = [
             (train_steps, train, "whole training set", Look("green", (0, (6, 1.5, 1.3, 1.5)), "^")),
@@ -115,10 +124,10 @@ def training_accuracy(run: RunData) -> Plot | None:
             look = _looks([recomputed])[recomputed]
             curves.append((mended_steps, mended, f"test, {recomputed}", look))
         for x, y, label, look in curves:
-            _line(axes, x, 100 * y, look, label)
-        low, _ = _accuracy_limits([(steps, ema), *((x, y) for x, y, _, _ in curves)])
+            draw_line(axes, x, 100 * y, look, label)
+        low, _ = accuracy_limits([(steps, ema), *((x, y) for x, y, _, _ in curves)])
         axes.set_ylim(low, 100)
-        _step_axis(axes, steps, narrow)
+        step_axis(axes, steps, narrow)
 
     def draw_distance(axes: Axes, narrow: bool) -> None:
         axes.axhline(0, color=COLOUR["muted"], linewidth=0.9)
@@ -126,14 +135,18 @@ def training_accuracy(run: RunData) -> Plot | None:
         axes.vlines(x, 0, y, color=COLOUR["purple"], linewidth=1)
         axes.plot(x, y, "o", color=COLOUR["purple"], markersize=3.5)
         axes.margins(y=0.15)
-        _step_axis(axes, steps, narrow)
+        step_axis(axes, steps, narrow)
 
     decay = run.setup.ema_decay
     memory = count(round(1 / (1 - decay)))
     caption = (
         f"The EMA follows the accuracy of the mini-batches just trained on (decay {decay:g}, so it "
         f"remembers about {memory} steps), which are drawn faintly behind it"
-        + (". " if len(steps) <= 2 * _bins(True) else ": the band spans the best and the worst. ")
+        + (
+            ". "
+            if len(steps) <= 2 * bins_for(True)
+            else ": the band spans the best and the worst. "
+        )
     )
     panels = [Panel("Accuracy, %", draw, 2.7)]
     alt = f"Accuracy over {count(len(steps))} steps. The EMA training accuracy ends at " + percent(
@@ -177,24 +190,17 @@ def _distance_from_test(run: RunData, ema: float, step: int) -> str:
     last = {
         row.condition: row.accuracy for row in run.evals if (row.split, row.step) == ("test", step)
     }
-    names = {c: statistics_label(c, run.made) for c in (run.baseline, run.recomputed) if c in last}
-    if run.recomputed not in names:
-        return (
-            "Its distance from the test accuracy is not the generalization gap alone: what the "
-            "test's statistics cost is in it, and this run was not tested with recomputed ones at "
-            "its end."
-            if run.baseline.statistics != "none"
-            else "Its distance from the test accuracy is the generalization gap, and what tells "
-            "the EMA from the accuracy on the whole training set."
-        )
-    parts = [
-        f"{percent(last[c], 2)} with {name}, {signed(last[c] - ema, 2)} points from the EMA"
-        for c, name in names.items()
+    found = [
+        f"{percent(last[c], 2)} with {statistics_label(c, run.made)}, {signed(last[c] - ema, 2)} "
+        "points from the EMA"
+        for c in dict.fromkeys((run.baseline, run.recomputed))
+        if c in last and c is not None
     ]
-    return (
-        f"At the end the test accuracy is {'; it is '.join(parts)}. Only the distance under "
-        "recomputed statistics speaks of generalization, beside what tells the EMA from the "
-        "accuracy on the whole training set; the other holds what the statistics cost as well."
+    return (f"At the end the test accuracy is {'; it is '.join(found)}. " if found else "") + (
+        "The distance from the test accuracy is not the generalization gap: the EMA is measured "
+        "with mini-batch statistics, with augmentation and with the weights of earlier steps. That "
+        "gap is the accuracy on the whole training set less the accuracy on the test set, both "
+        "with recomputed statistics."
     )
 
 
@@ -316,16 +322,16 @@ def _by_step(
 
     def draw(axes: Axes, narrow: bool) -> None:
         for c, (x, y) in curves.items():
-            _line(axes, x, 100 * y, looks[c], str(c))
-        axes.set_ylim(*_accuracy_limits(list(curves.values())))
-        _step_axis(axes, [0, last], narrow)
+            draw_line(axes, x, 100 * y, looks[c], str(c))
+        axes.set_ylim(*accuracy_limits(list(curves.values())))
+        step_axis(axes, [0, last], narrow)
 
     def draw_difference(axes: Axes, narrow: bool) -> None:
         axes.axhline(0, color=COLOUR["muted"], linewidth=0.9)
         for c, (x, y) in differences.items():
-            _line(axes, x, 100 * y, looks[c], str(c))
+            draw_line(axes, x, 100 * y, looks[c], str(c))
         axes.margins(y=0.15)
-        _step_axis(axes, [0, last], narrow)
+        step_axis(axes, [0, last], narrow)
 
     panels = [Panel("Test accuracy of the trained weights, %", draw, 2.4)]
     if differences:
@@ -362,10 +368,10 @@ def final_comparison(run: RunData) -> Plot | None:
     def draw_accuracy(axes: Axes, narrow: bool) -> None:
         for i, result in enumerate(results):
             if far[i]:
-                _written(axes, i, percent(result.accuracy, 2))
+                write_value(axes, i, percent(result.accuracy, 2))
             else:
-                _interval(axes, i, result.accuracy, result.accuracy_interval, "blue")
-        _value_axis(axes, narrow)
+                draw_interval(axes, i, result.accuracy, result.accuracy_interval, "blue")
+        value_axis(axes, narrow)
         low, high = axes.get_xlim()
         axes.set_xlim(max(low, 0), min(high, 100.5))
 
@@ -373,11 +379,11 @@ def final_comparison(run: RunData) -> Plot | None:
         axes.axvline(0, color=COLOUR["muted"], linewidth=0.9)
         for i, result in enumerate(results):
             pair = result.versus_baseline
-            if pair and (far[i] or far[0]):
-                _written(axes, i, signed(pair.difference, 2))
+            if pair and far[i] and not far[0]:
+                write_value(axes, i, signed(pair.difference, 2))
             elif pair:
-                _interval(axes, i, pair.difference, pair.difference_interval, "blue")
-        _value_axis(axes, narrow)
+                draw_interval(axes, i, pair.difference, pair.difference_interval, "blue")
+        value_axis(axes, narrow)
 
     caption = (
         "Each condition on the whole test set, with 95 % intervals. The first plot asks how good "
@@ -402,174 +408,6 @@ def final_comparison(run: RunData) -> Plot | None:
     )
 
 
-# ------------------------------------------------------------------------ layers
-
-
-def layer_drift(run: RunData) -> Plot | None:
-    """How far each layer's statistics are from the recomputed ones."""
-    comparison = run.comparison
-    condition = compared_with(comparison.baseline, comparison.layers) if comparison else None
-    if not comparison or not condition or not comparison.layers[condition]:
-        return None
-    rows = comparison.layers[condition]
-    shown = rows[:MAX_LAYERS]
-
-    def drift(values: Sequence[tuple[float, float]]) -> Callable[[Axes, bool], None]:
-        def draw(axes: Axes, narrow: bool) -> None:
-            y = np.arange(len(values))
-            low, high = np.array(values).T
-            axes.hlines(y, low, high, color=COLOUR["orange"], linewidth=1, alpha=0.5)
-            axes.plot(low, y, "o", color=COLOUR["orange"], markersize=4.5)
-            axes.plot(high, y, "|", color=COLOUR["orange"], markersize=7)
-            axes.set_xlim(left=0)
-            axes.margins(x=0.06)
-            _value_axis(axes, narrow, percent_scale=False)
-
-        return draw
-
-    first, base = rows[0], statistics_label(comparison.baseline, run.made)
-    other = statistics_label(condition, run.made)
-    caption = (
-        f"{capital(base)} against {other} in each BN layer, the furthest first. Means are compared "
-        "in units of the layer's own standard deviation σ, variances by the logarithm of their "
-        "ratio (0.1 is about 10 %). The dot is the root mean square over channels, the bar ends at "
-        "the worst channel. Up to some hundredths are noise of the averages and do no harm; look "
-        "for layers, often the last ones, that stand out by far. "
-        f"Furthest here: {first.name}, means {first.mean_drift:.3f} σ off.{_shown(shown, rows)}"
-    )
-    table = [
-        [
-            row.name,
-            f"{row.mean_drift:.4f}",
-            f"{row.worst_mean_drift:.4f} (#{row.worst_mean_channel})",
-            f"{row.log_var_drift:.4f}",
-            f"{row.worst_log_var_drift:.4f} (#{row.worst_var_channel})",
-        ]
-        for row in rows
-    ]
-    columns = ["layer", "mean, σ", "worst channel", "variance, |log|", "worst channel"]
-    return Plot(
-        key="layers",
-        title="Which layers' averages are off?",
-        caption=caption,
-        alt=(
-            f"Distance of {base} from {other} in {len(rows)} layers; furthest is {first.name} with "
-            f"its means {first.mean_drift:.3f} standard deviations off."
-        ),
-        panels=(
-            Panel(
-                "Means: distance in σ",
-                drift([(row.mean_drift, row.worst_mean_drift) for row in shown]),
-                0,
-            ),
-            Panel(
-                "Variances: |log ratio|",
-                drift([(row.log_var_drift, row.worst_log_var_drift) for row in shown]),
-                0,
-            ),
-        ),
-        tables=(Table("Drift by layer", columns, table),),
-        rows=tuple(row.name for row in shown),
-    )
-
-
-def layer_costs(run: RunData) -> Plot | None:
-    """What mending one layer alone gains, and what spoiling one layer alone costs."""
-    comparison = run.comparison
-    condition = compared_with(comparison.baseline, comparison.layers) if comparison else None
-    if not comparison or not condition:
-        return None
-    all_rows = comparison.layers[condition]
-    base, other = (statistics_label(c, run.made) for c in (comparison.baseline, condition))
-    kinds = {
-        "Mended alone, points": {row.name: row.mended for row in all_rows if row.mended},
-        "Spoiled alone, points": {row.name: row.spoiled for row in all_rows if row.spoiled},
-    }
-    kinds = {title: costs for title, costs in kinds.items() if costs}
-    if not kinds:
-        return None
-    mended, spoiled = kinds.get("Mended alone, points", {}), kinds.get("Spoiled alone, points", {})
-    measured = [row.name for row in worst_first(all_rows) if row.mended or row.spoiled]
-    shown = measured[:MAX_LAYERS]
-
-    def draw_costs(costs: Mapping[str, LayerCost]) -> Callable[[Axes, bool], None]:
-        def draw(axes: Axes, narrow: bool) -> None:
-            axes.axvline(0, color=COLOUR["muted"], linewidth=0.9)
-            for i, name in enumerate(shown):
-                if name in costs:
-                    _interval(axes, i, costs[name].difference, costs[name].interval, "orange")
-            _value_axis(axes, narrow)
-
-        return draw
-
-    caption = (
-        "Both directions, with 95 % intervals on the same images. Mended alone: this layer gets "
-        f"{other} while all others keep {base}. Spoiled alone: this layer keeps {base} while all "
-        f"others have {other}. Where many layers are off, mending one changes nothing, as the rest "
-        "still spoil the result, and the second plot tells which of them matter; single layers "
-        "need not add up to the whole. "
-    )
-    if mended:
-        caption += _extreme("Mended alone, most is gained by", mended, max)
-    if spoiled:
-        caption += _extreme("Spoiled alone, most is lost by", spoiled, min)
-    caption += _images(comparison.samples, [*mended.values(), *spoiled.values()])
-    if len(measured) < len(all_rows):
-        caption += f" {count(len(measured))} of {count(len(all_rows))} layers were tried."
-    caption += _shown(shown, measured)
-    columns = ["layer"]
-    for title in kinds:
-        columns += [title, "95 % interval", "predictions changed"]
-    table = [
-        [name, *(cell for costs in kinds.values() for cell in _cost_cells(costs.get(name)))]
-        for name in measured
-    ]
-    extremes = [
-        f"{title.partition(',')[0]}: {signed(min(differences), 2)} to {signed(max(differences), 2)}"
-        for title, costs in kinds.items()
-        for differences in [[cost.difference for cost in costs.values()]]
-    ]
-    return Plot(
-        key="costs",
-        title="Which layers cost accuracy?",
-        caption=caption.strip(),
-        alt=f"Change of test accuracy by layer, points. {'; '.join(extremes)}.",
-        panels=tuple(Panel(title, draw_costs(costs), 0) for title, costs in kinds.items()),
-        tables=(Table("One layer exchanged", columns, table),),
-        rows=tuple(shown),
-    )
-
-
-def _extreme(words: str, costs: Mapping[str, LayerCost], pick: Callable[..., str]) -> str:
-    name = pick(costs, key=lambda layer: costs[layer].difference)
-    cost = costs[name]
-    return (
-        f"{words} {name}: {signed(cost.difference, 2)} points "
-        f"({signed_interval(cost.interval, 2)}). "
-    )
-
-
-def _images(samples: int, costs: Sequence[LayerCost]) -> str:
-    """On how many images the costs of layers rest."""
-    used = sorted({cost.samples for cost in costs if cost.samples})
-    if not used:
-        return f"The record does not say how many of the {count(samples)} test images were used."
-    on = " or ".join(map(count, used))
-    return f"Measured on {on} of the {count(samples)} test images."
-
-
-def _cost_cells(cost: LayerCost | None) -> list[str]:
-    if cost is None:
-        return ["", "", ""]
-    return [signed(cost.difference, 2), signed_interval(cost.interval, 2), count(cost.changed)]
-
-
-def _shown(shown: Sequence[Any], rows: Sequence[Any]) -> str:
-    if len(shown) == len(rows):
-        return ""
-    return f" Shown are {count(len(shown))} of {count(len(rows))} layers."
-
-
 # ------------------------------------------------------------------------ loss and learning rate
 
 
@@ -580,11 +418,11 @@ def loss_and_rate(run: RunData) -> Plot | None:
     test_steps, test = run.curve("test", run.baseline, "loss")
 
     def draw_loss(axes: Axes, narrow: bool) -> None:
-        _band(axes, steps, loss, COLOUR["purple"], "mini-batches", narrow, mean="their mean")
+        draw_band(axes, steps, loss, COLOUR["purple"], "mini-batches", narrow, mean="their mean")
         finite = np.isfinite(test)
         if finite.any():
             look = _looks([run.baseline])[run.baseline]
-            _line(axes, test_steps[finite], test[finite], look, f"test, {run.baseline}")
+            draw_line(axes, test_steps[finite], test[finite], look, f"test, {run.baseline}")
         if np.isfinite(loss).any() and np.nanmin(loss) > 0:
             axes.set_yscale("log")
             low, high = axes.get_ylim()
@@ -592,14 +430,14 @@ def loss_and_rate(run: RunData) -> Plot | None:
             axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        _step_axis(axes, steps, narrow)
+        step_axis(axes, steps, narrow)
 
     def draw_rate(axes: Axes, narrow: bool) -> None:
-        x, y = thin(steps, rate, _bins(narrow))
+        x, y = thin(steps, rate, bins_for(narrow))
         axes.plot(x, y, color=COLOUR["teal"])
         axes.set_ylim(bottom=0)
         axes.margins(y=0.1)
-        _step_axis(axes, steps, narrow)
+        step_axis(axes, steps, narrow)
 
     broken = np.flatnonzero(~np.isfinite(loss))
     caption = (
@@ -651,9 +489,9 @@ def _runs_accuracy(data: str, runs: Sequence[RunData], number: int, of: int) -> 
 
     def draw(axes: Axes, narrow: bool) -> None:
         for name, x, y, look in named:
-            _line(axes, x, 100 * y, look, name)
-        axes.set_ylim(*_accuracy_limits([(x, y) for _, x, y, _ in named]))
-        _step_axis(axes, [0, max(x.max() for _, x, _, _ in named)], narrow)
+            draw_line(axes, x, 100 * y, look, name)
+        axes.set_ylim(*accuracy_limits([(x, y) for _, x, y, _ in named]))
+        step_axis(axes, [0, max(x.max() for _, x, _, _ in named)], narrow)
 
     rows = [
         [run.name, str(c), count(int(x[-1])), percent(y[-1], 2), percent(y.max(), 2)]
@@ -679,90 +517,7 @@ def _runs_accuracy(data: str, runs: Sequence[RunData], number: int, of: int) -> 
     )
 
 
-# ------------------------------------------------------------------------ parts of figures
-
-
-def _band(axes: Axes, x, y, colour: str, label: str, narrow: bool, mean: str | None = None) -> None:
-    """A noisy curve: whole where it fits, else the span of each bin; optionally means over it."""
-    bins = _bins(narrow)
-    if len(x) <= 2 * bins:
-        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.5, label=label)
-    else:
-        start, end, _, low, high = envelope(x, y, bins)
-        axes.fill_between(
-            (start + end) / 2, low, high, color=colour, alpha=0.22, linewidth=0, label=label
-        )
-    if mean is not None:
-        start, end, middle, _, _ = envelope(x, y, TABLE_BINS)
-        axes.plot((start + end) / 2, middle, color=colour, label=mean)
-
-
-def _line(axes: Axes, x, y, look: Look, label: str) -> None:
-    """Nothing where there is no point; some ten markers however many points there are."""
-    if len(x) == 0:
-        return
-    every = max(1, len(x) // 10)
-    axes.plot(
-        x,
-        y,
-        linestyle=look.dash if len(x) > 1 else "",
-        marker=look.marker,
-        markevery=slice(len(x) - 1, None, -every) if every > 1 else None,
-        markersize=3.8,
-        markerfacecolor="none" if look.hollow else COLOUR[look.colour],
-        color=COLOUR[look.colour],
-        label=label,
-        zorder=4,
-    )
-
-
-def _interval(axes: Axes, row: int, value: float, interval, colour: str) -> None:
-    axes.hlines(row, 100 * interval[0], 100 * interval[1], color=COLOUR[colour], linewidth=2)
-    axes.plot(100 * value, row, "o", color=COLOUR[colour], markersize=5)
-
-
-def _written(axes: Axes, row: int, text: str) -> None:
-    axes.text(0.02, row, text, va="center", size=8, transform=axes.get_yaxis_transform())
-
-
-def _step_axis(axes: Axes, steps, narrow: bool) -> None:
-    last = steps[-1]
-    axes.set_xlim(0, last * 1.01)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(4 if narrow else 7, integer=True, steps=[1, 2, 2.5, 5, 10])
-    )
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-    axes.set_xlabel("step", loc="right", labelpad=1)
-
-
-def _value_axis(axes: Axes, narrow: bool, percent_scale: bool = True) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 5, steps=[1, 2, 2.5, 5, 10]))
-    if percent_scale:
-        axes.margins(x=0.08)
-
-
-def _accuracy_limits(curves) -> tuple[float, float]:
-    """Limits in per cent that hold all (steps, shares) after the first twentieth of the run."""
-    last = max((x[-1] for x, _ in curves if len(x)), default=0)
-    late = [y[(x > last / 20) & np.isfinite(y)] for x, y in curves]
-    values = np.concatenate([*late, np.empty(0)])
-    if len(values) == 0:
-        return 0.0, 100.0
-    low, high = 100 * values.min(), 100 * values.max()
-    step = 10 if high - low > 20 else 2 if high - low > 4 else 0.5
-    bottom = max(0.0, step * np.floor((low - 0.5) / step))
-    return bottom, min(100.0, high + 0.08 * (high - bottom))
-
-
-def _bins(narrow: bool) -> int:
-    return 160 if narrow else 360
-
-
-def _at(wanted: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """y at each wanted x, or at the last x before it."""
-    if len(wanted) == 0:
-        return np.empty(0)
-    return y[np.clip(np.searchsorted(x, wanted, side="right") - 1, 0, len(y) - 1)]
+# ------------------------------------------------------------------------ small parts
 
 
 def _looks(conditions: Sequence[Condition]) -> dict[Condition, Look]:
@@ -810,8 +565,8 @@ def _step_table(run: RunData) -> Table:
     steps = run.steps
     x = steps["step"]
     start, end, mean, low, high = envelope(x, steps["accuracy"], TABLE_BINS)
-    ema = _at(end, x, steps["ema_accuracy"])
-    loss, rate = _at(end, x, steps["loss"]), _at(end, x, steps["lr"])
+    ema = value_at(end, x, steps["ema_accuracy"])
+    loss, rate = value_at(end, x, steps["loss"]), value_at(end, x, steps["lr"])
     rows = [
         [
             f"{count(int(a))}–{count(int(b))}" if a != b else count(int(a)),

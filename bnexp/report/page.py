@@ -191,7 +191,7 @@ def _rows(run: RunData, comparison: Comparison) -> list[list[Cell]]:
                 Cell(accuracy, interval),
                 *_paired_cells(result.versus_baseline, digits),
                 _loss_cell(result),
-                Cell(words.percent(result.ece, 2)),
+                Cell("–" if result.ece is None else words.percent(result.ece, 2)),
             ]
         )
     return rows

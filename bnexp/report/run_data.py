@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
-from unicodedata import category
 
 import numpy as np
 
 from bnexp.analysis.comparison import Comparison
 from bnexp.condition import Condition, label, made_by
 from bnexp.errors import UserError
+from bnexp.printable import printable
 
 if TYPE_CHECKING:
     from bnexp.records import Run
@@ -156,14 +156,10 @@ def _comparison(run: Run) -> Comparison | None:
 
 
 def _printable(value: Any) -> Any:
-    """The same with every character that can't be shown replaced by �: a record may hold control
-    characters, and halves of characters, that neither a page nor a terminal takes."""
-    if isinstance(value, str):
-        return "".join(c if _shows(c) else "\N{REPLACEMENT CHARACTER}" for c in value)
+    """The same with every text as it can be shown: a record may hold control characters, and
+    halves of characters, that neither a page nor a terminal takes."""
     if isinstance(value, Mapping):
         return {_printable(key): _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, list) else value
-
-
-def _shows(character: str) -> bool:
-    return character.isprintable() or character == "\n" or category(character) == "Zs"
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value

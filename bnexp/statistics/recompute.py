@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 from bnexp.nn.find import batchnorm_layers
-from bnexp.nn.inference import eagerly, inference
+from bnexp.nn.inference import ModelState, eagerly, inference
 from bnexp.nn.intercept import normalized_by
 from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics.exact import MemoryEstimate, exact, memory_estimate
 from bnexp.statistics.forward import Calls, Forward, Population, Runner, Task, device_of, need_two
 from bnexp.statistics.methods import Method
+from bnexp.statistics.pass_settings import PassSettings
 from bnexp.statistics.per_batch import batch_mean, pooled
 from bnexp.statistics.progress import Progress, Report, reporting
 from bnexp.statistics.spill import memory_bound
@@ -170,9 +171,13 @@ def prepared_task(
         )
     device = torch.device(device) if device is not None else device_of(model)
     bound = memory_bound(memory, device)
-    run = Runner(model, device, forward)
     with eagerly(), inference(model):
-        yield Task(model, layers, batches, run, device, bound, stop_after, calls, report)
+        given, settings = ModelState(model), PassSettings()
+        run = Runner(model, device, forward, given, settings)
+        try:
+            yield Task(model, given, layers, batches, run, device, bound, stop_after, calls, report)
+        finally:
+            settings.restore()
 
 
 @contextlib.contextmanager

@@ -126,9 +126,9 @@ class Statistics:
             with torch.no_grad():
                 _write(lent, self)
             for name, layer in layers.items():
-                for key, before, buffer in zip(_BUFFERS, own[name], lent[name], strict=True):
-                    if before is None:
-                        setattr(layer, key, buffer)
+                for key, missing, loan in zip(_BUFFERS, own[name], lent[name], strict=True):
+                    if missing is None:
+                        setattr(layer, key, loan)
             yield model
         finally:
             with torch.no_grad():

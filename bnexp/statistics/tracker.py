@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm
+from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm, turn_into
 from bnexp.nn.convert import followed_layers
 from bnexp.nn.find import batchnorm_layers, refuse_replicas
 from bnexp.ranks import Ranks, choose_ranks
@@ -225,7 +225,7 @@ class StatisticsTracker:
                 layer._buffers.update({name: view.clone() for name, view in views})
         for layer, parent in self._converted:
             if not layer.frozen and layer.normalization_batch is None:
-                layer.__class__ = parent
+                turn_into(layer, parent)
 
     def __enter__(self) -> StatisticsTracker:
         return self
@@ -245,7 +245,7 @@ class StatisticsTracker:
         """
         kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for index, layer in enumerate(self._layers.values()):
-            mean = layer.running_mean
+            mean = layer.get_buffer("running_mean")
             kinds.setdefault((mean.device, mean.dtype), []).append(index)
         with torch.inference_mode(False):
             self._groups = [
@@ -258,7 +258,7 @@ class StatisticsTracker:
         for group in self._groups:
             for layer, views in group.views:
                 for name, view in views:
-                    layer._buffers[name].copy_(view)
+                    layer.get_buffer(name).copy_(view)
         state = self._collect()
         self._attach()
         self._distribute(state)
@@ -270,13 +270,14 @@ class StatisticsTracker:
             for layer, views in group.views:
                 buffers = layer._buffers
                 for name, view in views:
-                    if buffers[name] is not view:
-                        if buffers[name] is None:
-                            raise UserError(
-                                f"{name} was removed from a layer that a StatisticsTracker "
-                                "follows; close() the tracker first"
-                            )
-                        view.copy_(buffers[name])
+                    buffer = buffers[name]
+                    if buffer is None:
+                        raise UserError(
+                            f"{name} was removed from a layer that a StatisticsTracker follows; "
+                            "close() the tracker first"
+                        )
+                    if buffer is not view:
+                        view.copy_(buffer)
                         moved = True
         return moved
 
@@ -320,7 +321,9 @@ class _Group:
         widths = torch.tensor([layer.num_features for layer in everything])
         ends = widths.cumsum(0)
         self.layer_index = torch.tensor(index)
-        self.channel_index = torch.cat([torch.arange(ends[i] - widths[i], ends[i]) for i in index])
+        self.channel_index = torch.cat(
+            [torch.arange(int(ends[i] - widths[i]), int(ends[i])) for i in index]
+        )
         self.layers_in_all, self.channels_in_all = len(everything), int(ends[-1])
         self.widths = widths[self.layer_index]
         starts = (self.widths.cumsum(0) - self.widths).tolist()
@@ -331,8 +334,8 @@ class _Group:
 
         self.shown = torch.stack(
             [
-                torch.cat([layer.running_mean for layer in mine]),
-                torch.cat([layer.running_var for layer in mine]),
+                torch.cat([layer.get_buffer(name) for layer in mine])
+                for name in ("running_mean", "running_var")
             ]
         )
         self.batch = torch.zeros_like(self.shown)
@@ -461,7 +464,7 @@ def _tracked_layers(model: nn.Module) -> tuple[dict[str, TrackedBatchNorm], list
     classes = {name: type(layer) for name, layer in layers.items()}
     followed = followed_layers(model)
     for name in [name for name, layer in followed.items() if layer.running_mean is None]:
-        followed.pop(name).__class__ = classes[name]
+        turn_into(followed.pop(name), classes[name])
     return followed, [
         (layer, classes[name])
         for name, layer in followed.items()

@@ -81,7 +81,7 @@ def make_run(
     log = CsvLog(run.path / "steps.csv", STEP_COLUMNS)
     log.append(
         zip(
-            t.tolist(), (t / 468).tolist(), lr.tolist(), loss.tolist(), batch.tolist(),
+            t.tolist(), (t // 468).tolist(), lr.tolist(), loss.tolist(), batch.tolist(),
             ema.tolist(), strict=True,
         )
     )  # fmt: skip
