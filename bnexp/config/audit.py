@@ -19,7 +19,7 @@ Numbers = list[Annotated[float, Field(allow_inf_nan=False)]]
 class AuditedModel(Section):
     name: str
     """torchvision/NAME, timm/NAME, or package.module:object of your own."""
-    arguments: Arguments = Field({})
+    arguments: Arguments = Field(default={})
     """What it is built with: model.arguments.num_classes=10."""
     weights: Path | None = None
     """The checkpoint; null: the weights the model has when it is built."""
@@ -32,9 +32,9 @@ class AuditedData(Section):
     """What statistics are recomputed from: a folder of images, or package.module:object."""
     test: str
     """What the model is scored on: a folder per class, or package.module:object."""
-    population_arguments: Arguments = Field({})
+    population_arguments: Arguments = Field(default={})
     """What data.population is called with, where it is an object."""
-    test_arguments: Arguments = Field({})
+    test_arguments: Arguments = Field(default={})
     """What data.test is called with, where it is an object."""
     transforms: str | None = None
     """How images of folders are prepared: as for torchvision/NAME or timm/NAME. null: as for the
@@ -71,7 +71,7 @@ class AuditConfig(Section):
     """auto, cpu, cuda, cuda:1 or mps."""
     model: AuditedModel
     data: AuditedData
-    methods: list[Literal["exact", "pooled", "batch-mean"]] = Field(["exact"])
+    methods: list[Literal["exact", "pooled", "batch-mean"]] = Field(default=["exact"])
     """How statistics are recomputed; findings are about the first."""
     samples: Annotated[int, Field(ge=2)] | None = 10_000
     """At most about so many of the population; null: all."""

@@ -104,7 +104,7 @@ def read_yaml(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = yaml.load(text, _PlainLoader)
-        yaml.safe_dump(value, allow_unicode=True).encode()  # lone surrogates
+        json.dumps(value, ensure_ascii=False, default=str).encode()  # lone surrogates
     except _UNREADABLE as error:  # PyYAML lets many kinds through
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged: {reason[:200]}") from None

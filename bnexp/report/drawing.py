@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+
+from bnexp.report.mpl import Axes, Figure, FigureCanvasAgg, Line2D, matplotlib
 
 # CSS variable: (light, dark)
 PALETTE = {

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bnexp.analysis.words import capital, count, percent, points, signed
 from bnexp.condition import Condition, statistics_label
@@ -29,6 +27,7 @@ from bnexp.report.drawing import (
     save,
 )
 from bnexp.report.layers import layer_costs, layer_drift
+from bnexp.report.mpl import Axes, FuncFormatter, LogLocator, NullLocator
 from bnexp.report.parts import (
     TABLE_BINS,
     accuracy_limits,
@@ -47,6 +46,7 @@ from bnexp.report.several import by_test_set, config_differences
 MAIN = ("running", "recomputed", "batch")
 # A plot of accuracies shows those within so much of the best; what is further off is written.
 SHOWN = 0.25
+SHOWN_ROWS = 14  # in a panel of the dashboard
 
 
 def run_plots(run: RunData) -> list[Plot]:
@@ -550,12 +550,13 @@ def _named(plot: Plot, panel: Panel) -> Panel:
 
     def draw(axes: Axes, narrow: bool) -> None:
         panel.draw(axes, narrow)
-        shown = plot.rows[:14]
+        shown = plot.rows[:SHOWN_ROWS]
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_yticks(range(len(shown)), [end_of(name, 18) for name in shown])
         axes.grid(axis="y", visible=False)
 
-    return Panel(panel.title, draw, panel.height)
+    part = f" ({SHOWN_ROWS} of {len(plot.rows)})" if len(plot.rows) > SHOWN_ROWS else ""
+    return Panel(panel.title + part, draw, panel.height)
 
 
 # ------------------------------------------------------------------------ tables

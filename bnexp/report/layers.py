@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from bnexp.analysis.layers import LayerCost, worst_first
 from bnexp.analysis.words import capital, count, signed, signed_interval
 from bnexp.condition import compared_with, statistics_label
 from bnexp.report.drawing import COLOUR, Panel, Plot, Table
+from bnexp.report.mpl import Axes
 from bnexp.report.parts import draw_interval, value_axis
 from bnexp.report.run_data import RunData
 

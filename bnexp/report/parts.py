@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bnexp.report.curves import envelope
 from bnexp.report.drawing import COLOUR, Look
+from bnexp.report.mpl import Axes, FuncFormatter, MaxNLocator
 
 TABLE_BINS = 60
 

@@ -12,6 +12,7 @@ from bnexp.analysis.comparison import Comparison
 from bnexp.condition import Condition, label, made_by
 from bnexp.errors import UserError
 from bnexp.printable import printable
+from bnexp.records.files import read_json
 
 if TYPE_CHECKING:
     from bnexp.records import Run
@@ -57,6 +58,7 @@ class RunData:
     evals: Sequence[Evaluation]
     comparison: Comparison | None = None
     made: Mapping[str, str] = field(default_factory=dict)
+    test_images: str | None = None  # tells them from others; None where the record does not
 
     @classmethod
     def read(cls, run: Run) -> RunData:
@@ -78,6 +80,7 @@ class RunData:
             evals=[_evaluation(_printable(row)) for row in run.evals()],
             comparison=_comparison(run),
             made=made,
+            test_images=_test_images(run),
         )
 
     def conditions(self, split: str) -> list[Condition]:
@@ -141,6 +144,13 @@ def _setup(config: Mapping[str, Any]) -> Setup:
 def _evaluation(row: Mapping[str, Any]) -> Evaluation:
     values = {key: value for key, value in row.items() if key != "statistics"}
     return Evaluation(condition=Condition.parse(row["statistics"]), **values)
+
+
+def _test_images(run: Run) -> str | None:
+    try:
+        return repr((read_json(run.path / "data.json") or {})["splits"]["test"]["hashes"])
+    except (LookupError, TypeError):  # a run made before this was recorded
+        return None
 
 
 def _comparison(run: Run) -> Comparison | None:

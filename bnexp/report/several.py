@@ -54,17 +54,22 @@ def config_differences(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
 
 
 def by_test_set(runs: Sequence[RunData]) -> list[tuple[str, list[RunData]]]:
-    """The runs in groups that were tested on the same images, as far as their configs say, with
+    """The runs in groups that were tested on the same images, as far as their records say, with
     what tells these images from those of the other groups."""
     groups: dict[str, list[RunData]] = {}
+    known = all(run.test_images for run in runs)
     for run in runs:
-        groups.setdefault(repr(_test_set(run)), []).append(run)
+        key = run.test_images if known and run.test_images else repr(_test_set(run))
+        groups.setdefault(key, []).append(run)
     sets = [_test_set(members[0]) for members in groups.values()]
     named = []
     for chosen, members in zip(sets, groups.values(), strict=True):
         alike = [other for other in sets if other["data.name"] == chosen["data.name"]]
         apart = [key for key in chosen if any(other.get(key) != chosen[key] for other in alike)]
-        more = ", ".join(f"{key} {'all' if chosen[key] is None else chosen[key]}" for key in apart)
+        if not apart and len(alike) > 1:
+            more = f"the images of {members[0].name}"
+        else:
+            more = ", ".join(f"{k} {'all' if chosen[k] is None else chosen[k]}" for k in apart)
         named.append((members[0].setup.data + (f" ({more})" if more else ""), members))
     return named
 

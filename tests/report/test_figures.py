@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 import matplotlib
@@ -288,6 +291,18 @@ def test_runs_tested_on_different_images_are_never_on_one_axis(folder):
     assert "the others do not" in plots[1].caption
 
 
+def test_images_that_changed_between_runs_are_other_images(folder):
+    made = [make_run(folder, name=f"images-{i}", steps=50, evaluations=3) for i in range(3)]
+    assert len(runs_plots([RunData.read(run) for run in made])) == 1
+    for run, hashes in zip(made, (["a"], ["a"], ["b"]), strict=True):
+        run.write_json("data.json", {"splits": {"test": {"hashes": hashes}}})
+    plots = runs_plots([RunData.read(run) for run in made])
+    assert [plot.title for plot in plots] == [
+        "Test accuracy on fashion-mnist (the images of images-0)",
+        "Test accuracy on fashion-mnist (the images of images-2)",
+    ]
+
+
 # ------------------------------------------------------------------------ without colour
 
 
@@ -367,6 +382,16 @@ def test_nothing_reaches_beyond_the_picture(folder, narrow):
         for text in texts:
             box = text.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
             assert box.x1 < (NARROW if narrow else WIDE) + 0.05, (plot.key, text.get_text())
+
+
+@pytest.mark.parametrize("backend", ["module://no_such.backend", "nonsense", "agg"])
+def test_someones_backend_does_not_matter(backend):
+    code = "import bnexp.report.page, os; print(os.environ['MPLBACKEND'])"
+    environment = {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == backend
 
 
 def test_pictures_do_not_depend_on_someones_matplotlibrc(plots):
