@@ -26,6 +26,7 @@ needs_fashion_mnist = pytest.mark.skipif(
     not FASHION_MNIST.exists(), reason="Fashion-MNIST is not installed"
 )
 
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts processes that train is slow."""
     for item in items:
