@@ -302,7 +302,8 @@ class _Judge:
             halves = {}
             if counted.batches_seen > 1:
                 for start, name in enumerate(("first half", "second half")):
-                    halves[name] = recompute(EveryOther(counted, start), methods[0])
+                    half = EveryOther(counted, start)
+                    halves[name] = self._recompute(half, methods[0], memory, False)
         costs = main.p < 0.05
         attribution = None
         if costs:
