@@ -1,12 +1,14 @@
 # make demo   train configs/digits.yaml and compare its moving averages with recomputed statistics
 # make test   the test suite
+# make quick  the same without what is slow: under two minutes
+# make lint   style, types, and the directions of imports
 # make figures  the figures of docs/ from real runs (some minutes)
 # Each makes .venv on first use and reuses it afterwards.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test quick lint figures clean
 
 demo: .venv/installed
 	$(BIN)/bnexp train configs/digits.yaml
@@ -15,9 +17,14 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
+quick: .venv/installed-dev
+	$(BIN)/python -m pytest -m 'not slow'
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check bnexp tests benchmarks docs
 	$(BIN)/ruff format --check bnexp tests benchmarks docs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 figures: .venv/installed-dev
 	$(BIN)/python docs/figures/make.py

@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py [--rounds N] [--steps N]
 
-Prints Markdown. First the comparison of five kinds of statistics on the 10 000 test images of
+Prints Markdown. First the comparison of five kinds of statistics on the 10,000 test images of
 Fashion-MNIST (predictions, intervals, tests) against five bare passes: a loop that counts right
 answers, over the same batches on the same device with the same folded BN layers. They take turns;
 medians of the ratios. Then the time and size of `bnexp report` for a run of so many steps, which is
@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 from bnexp.analysis.comparison import compare
+from bnexp.condition import Condition
 from bnexp.config import resolve
-from bnexp.evaluation.predictions import evaluate
+from bnexp.evaluation.predictions import predict_under
 from bnexp.nn.folding import folded
 from bnexp.performance import keep_freed_memory
 from bnexp.training.build import build_training
@@ -48,7 +49,8 @@ def seconds(function: Callable[[], object]) -> float:
 def compare_kinds(rounds: int) -> None:
     training = build_training(resolve(CONFIG, [], "benchmark"), torch.device("cpu"))
     model, test = training.state.model.eval(), training.data.test
-    kinds, size = training.state.estimates(), training.config.test.batch_size
+    kinds = {Condition(name): s for name, s in training.state.estimates().items()}
+    size = training.config.test.batch_size
 
     def bare_passes() -> None:
         for _ in kinds:
@@ -59,8 +61,8 @@ def compare_kinds(rounds: int) -> None:
             right.item()
 
     def comparison() -> None:
-        found = evaluate(model, lambda: test.batches(size), kinds, fold=True)
-        compare(found, "running", training.data.info.classes)
+        found = predict_under(model, lambda: test.batches(size), kinds, fold=True)
+        compare(found, Condition("running"), training.data.info.classes)
 
     ratios = []
     for i in range(rounds + 1):

@@ -159,7 +159,7 @@ def compare(device: torch.device, repeats: int) -> None:
             if round_:
                 seconds[name].append(taken)
     base = statistics.median(seconds["fvcore `update_bn_stats`"])
-    print("\n### 10 000 images, batches of 128, small CNN\n")
+    print("\n### 10,000 images, batches of 128, small CNN\n")
     print("| method | s | of fvcore | " + " | ".join(f"error, layer {n}" for n in truth) + " |")
     print("| --- " * (3 + len(truth)) + "|")
     for name, times in seconds.items():

@@ -4,7 +4,7 @@
                                   [--processor-time]
 
 Every variant is a process of its own (the allocator is set before the first allocation) with a
-real training of bnexp: its model, optimizer, estimators and step log, and its evaluation of 10 000
+real training of bnexp: its model, optimizer, estimators and step log, and its evaluation of 10,000
 test images. The two variants of a setting take turns, and which begins alternates; a round gives
 one ratio on / off, and printed are the medians of these with their quartiles. `nothing` compares
 two equal processes: how far its ratios are from 1 is how far the others' may be by chance.
@@ -68,13 +68,16 @@ def work(job: dict) -> None:
     import torch
     from sessions import Loop, make_training, wait_for
 
-    from bnexp.evaluation.evaluate import assess
+    from bnexp.condition import Condition
+    from bnexp.evaluation.evaluate import evaluate
+    from bnexp.training.subject import run_subject
 
     device = torch.device(job["device"])
     clock = sessions.clock = getattr(time, job["clock"])
     training = make_training(
         job["model"], device, BATCH_SIZE, job["performance"], train=4096, test=job["test"]
     )
+    subject = run_subject(training.state.model, training.data, training.config)
     with tempfile.TemporaryDirectory() as name:
         loop = Loop(training, Path(name))
         for line in sys.stdin:
@@ -84,8 +87,8 @@ def work(job: dict) -> None:
             else:
                 started = clock()
                 for _ in range(int(count)):
-                    running = {"running": training.state.estimates()["running"]}
-                    assess(training.state.model, training.data.test, training.config, running)
+                    running = {Condition("running"): training.state.estimates()["running"]}
+                    evaluate(subject, running, fold=training.config.performance.fold_batchnorm)
                 wait_for(device)
                 seconds = clock() - started
             print(seconds, flush=True)
@@ -123,7 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--models", nargs="+", default=["small-cnn", "resnet20"])
-    parser.add_argument("--quick", action="store_true", help="5 rounds, 1 000 test images")
+    parser.add_argument("--quick", action="store_true", help="5 rounds, 1,000 test images")
     parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-Weights = Literal["trained", "best", "ema", "swa"]
-AVERAGED = ("ema", "swa")
+from bnexp.reading import read
+from bnexp.statistics.rules import Estimator
+
+Weights = Literal["trained", "best", "best-on-test", "ema", "swa"]
+AVERAGED: tuple[Weights, ...] = ("ema", "swa")
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,10 @@ class Condition:
     def parse(cls, text: str, own: Weights = "trained") -> Condition:
         """What `str` printed; without weights in front it is about the run's `own`."""
         weights, _, rest = text.partition("/")
-        averaged = next((name for name in get_args(Weights) if name == weights and rest), None)
-        if averaged not in AVERAGED:
-            averaged, rest = own, text
+        if weights not in AVERAGED or not rest:
+            weights, rest = own, text
         statistics, _, method = rest.partition("/")
-        return cls(statistics, averaged, method or None)
+        return cls(statistics, weights, method or None)
 
     @property
     def is_recomputed(self) -> bool:
@@ -81,20 +83,13 @@ def label(condition: Condition, made: Mapping[str, str]) -> str:
 
 
 def made_by(config: Mapping[str, Any]) -> dict[str, str]:
-    """`made` for `label`, from a run's resolved config as plain data."""
+    """`made` for `label`, from a run's resolved config as plain data. UserError and LookupError
+    where it is damaged."""
     statistics, test = config["statistics"], config["test"]
-    made = {
+    rules = read(dict[str, Estimator], statistics["estimators"])
+    return {
         "running": f"decay {statistics['decay']:g}",
         "recomputed": statistics["recompute"]["method"],
         "batch": f"mini-batches of {test['batch_size']}",
+        **{name: rule.label() for name, rule in rules.items()},
     }
-    for name, rule in statistics["estimators"].items():
-        if rule["rule"] == "ema":
-            made[name] = f"decay {rule['decay']:g}{', debiased' if rule['debias'] else ''}"
-        elif rule["rule"] == "cumulative":
-            made[name] = "cumulative average"
-        elif rule["rule"] == "pooled":
-            made[name] = f"pooled over {rule['window'] or 'all'} steps"
-        else:
-            made[name] = str(rule["rule"])
-    return made

@@ -43,15 +43,6 @@ def describe_device(device: torch.device) -> str:
     return str(device)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the host or of a device, did not suffice."""
-    # The last is what oneDNN says on a CPU when it gets no memory for a convolution.
-    said = ("can't allocate memory", "out of memory", "could not create a primitive")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
-    )
-
-
 def estimate_step_bytes(
     model: nn.Module, channels: int, image_size: tuple[int, int], batch_size: int
 ) -> int:

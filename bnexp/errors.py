@@ -65,3 +65,22 @@ def disk_failure(error: BaseException) -> RunFailed | None:
         return None
     where = f" ({error.filename})" if error.filename else ""
     return RunFailed(_DISK_ERRORS[error.errno] + where)
+
+
+# What torch, oneDNN on a CPU without memory for a convolution, the dynamic linker and Python say.
+_MEMORY_ERRORS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "could not create a primitive",
+    "failed to map segment from shared object",
+    "can't start new thread",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the host or of a device, did not suffice."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    said = isinstance(error, RuntimeError | ImportError) and str(error).lower()
+    return isinstance(error, MemoryError) or any(text in (said or "") for text in _MEMORY_ERRORS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,17 @@ import torch
 
 from bnexp.analysis.comparison import Comparison
 from bnexp.config import Config, load_config, resolve
-from bnexp.device import describe_device, estimate_step_bytes, is_out_of_memory, resolve_device
-from bnexp.errors import Interrupted, RunFailed, UserError, disk_failure
+from bnexp.device import describe_device, estimate_step_bytes, resolve_device
+from bnexp.errors import Interrupted, RunFailed, UserError, disk_failure, is_out_of_memory
+from bnexp.ranks import refuse_launcher
 from bnexp.records import RUNS, Run, create_run, find_run
 from bnexp.records.environment import describe_environment
 from bnexp.training.build import Training, build_training
 from bnexp.training.display import Display, Silent, Terminal
 from bnexp.training.loop import train
 from bnexp.training.resume import changes_of, go_on
+from bnexp.training.run_data import FILE as DATA_FILE
+from bnexp.training.run_data import load_run_data
 from bnexp.training.signals import SIGNALS, Interruption
 
 
@@ -50,6 +52,7 @@ def run_experiment(
     runs: Path = RUNS,
     progress: bool = False,
     handle_signals: bool = False,
+    changed_data: bool = False,
 ) -> Outcome:
     """Train as `config` says, compare the statistics at the end, and leave a record of it.
 
@@ -66,13 +69,14 @@ def run_experiment(
         handle_signals: whether SIGINT, SIGTERM and SIGHUP end the training after the current
             step, with a checkpoint. Only in a main thread. Otherwise a KeyboardInterrupt ends it
             at once, and the last checkpoint remains.
+        changed_data: go on with `resume` though its data are no longer those it was begun with.
 
     Raises:
         UserError: the config, the data or the record to resume are wrong.
         RunFailed: it diverged or collapsed, memory or the disk did not suffice.
         Interrupted: it was told to stop; the message says how to go on.
     """
-    _refuse_several_processes()
+    refuse_launcher("bnexp train")
     run = None if resume is None else resume
     if run is not None and not isinstance(run, Run):
         run = find_run(str(run), runs)
@@ -82,24 +86,23 @@ def run_experiment(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if run is not None:
             with run.locked():
-                training = build_training(config, device)
+                data, change = load_run_data(run, config, device, changed_data)
+                training = build_training(config, device, data)
                 display = _display(training, progress)
-                go_on(run, training, changes, display)
+                go_on(run, training, changes, change, display)
                 return _run_to_the_end(run, training, display, handle_signals)
         training = build_training(config, device)
-        environment = describe_environment(config.seed, describe_device(device))
-        place = None if folder is None else Path(folder)
-        run = create_run(config.name, config.to_yaml(), environment, runs, place)
-        with run.locked():
-            return _run_to_the_end(run, training, _display(training, progress), handle_signals)
-
-
-def _refuse_several_processes() -> None:
-    if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1"):
-        raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: bnexp trains in one process so far, and "
-            "every process would make a run of its own; start it without torchrun"
+        environment = describe_environment(
+            config.seed, describe_device(device), torch.get_num_threads()
         )
+        place = None if folder is None else Path(folder)
+        files = {DATA_FILE: training.data.fingerprint, "environment.json": environment}
+        run = create_run(config.name, config.to_yaml(), files, runs, place)
+        with run.locked():
+            display = _display(training, progress)
+            for line in training.data.remarks:
+                display.line(line)
+            return _run_to_the_end(run, training, display, handle_signals)
 
 
 def _config(
@@ -167,8 +170,9 @@ def _headline(run: Run, training: Training) -> str:
 
 
 def _write_end(run: Run, training: Training, state: str, message: str) -> None:
+    """`step` is that of the last checkpoint, from which a resume goes on."""
     with contextlib.suppress(OSError):  # what ended the run is said; a full disk may be just that
-        run.write_state(state, training.state.step, training.total_steps, "last", message)
+        run.write_state(state, training.state.saved_step, training.total_steps, "last", message)
 
 
 def _unmet_expectation(config: Config, comparison: Comparison) -> str | None:

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
+
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def wait_briefly() -> None:
+    """Let OpenMP's threads spin for some microseconds only before they sleep until there is work.
+
+    By default libgomp's spin for milliseconds, which on a machine whose cores are busy with other
+    work slows PyTorch down far beyond its share (`benchmarks/busy.py`). Sets an environment
+    variable that libgomp reads when torch is imported, so call it before; does nothing where the
+    user has set one of `WAITING`.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def keep_freed_memory() -> None:

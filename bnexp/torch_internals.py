@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn, overrides
+from torch.nn import parameter
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # noqa: F401
-from torch.nn.parameter import is_lazy  # noqa: F401
 from torch.utils import _python_dispatch
 
-Function = TypeVar("Function", bound=Callable)
 SavedTensorHooks = tuple[Callable, Callable]
 
 
@@ -23,12 +22,24 @@ def original_module(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def is_lazy(tensor: Tensor | None) -> bool:
+    """Whether it is a parameter or buffer of a lazy layer, without shape so far."""
+    return tensor is not None and parameter.is_lazy(tensor)
+
+
 def in_backward() -> bool:
     """True where activation checkpointing runs a forward pass again, inside the backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def outside_of_graphs(function: Function) -> Function:
+def in_transform(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for others inside `torch.vmap` or a transform of `torch.func`."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def outside_of_graphs(function: Callable[[], None]) -> Callable[[], None]:
     """`function`, called as it is by compiled code.
 
     Unlike `torch.compiler.disable`, this imports the compiler, for a second, when it is called

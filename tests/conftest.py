@@ -51,6 +51,7 @@ def child(job):
     sys.stderr = open(2, "w", closefd=False, buffering=1)
     code = 0
     try:
+        exec(job["inject"], {})
         bnexp.cli.main()
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(bool(exit.code))
@@ -118,10 +119,16 @@ class Commands:
         self._logs = logs
 
     def start(
-        self, *arguments: object, file_size_limit: int = 0, memory_limit: int = 0, **env: str
+        self,
+        *arguments: object,
+        file_size_limit: int = 0,
+        memory_limit: int = 0,
+        inject: str = "",
+        **env: str,
     ) -> Command:
         """`file_size_limit`: bytes a file may have; `memory_limit`: bytes the command may take
-        besides what the imports have taken (Linux). 0 is no limit."""
+        besides what the imports have taken (Linux). 0 is no limit. `inject`: Python that runs in
+        the command's process first."""
         folder = self._logs / str(time.monotonic_ns())
         folder.mkdir()
         job = {
@@ -130,6 +137,7 @@ class Commands:
             "env": {"COLUMNS": "160", **env},
             "file_size_limit": file_size_limit,
             "memory_limit": memory_limit,
+            "inject": inject,
             "stdout": str(folder / "stdout"),
             "stderr": str(folder / "stderr"),
         }

@@ -282,13 +282,14 @@ def test_averaged_weights_are_compared_with_stale_and_recomputed_statistics(bnex
     _, run = trained(bnexp, quick, averages)
     kinds = {k["name"] for k in run.comparison()["kinds"]}
     assert {"ema/running", "ema/recomputed", "swa/running", "swa/recomputed"} <= kinds
-    for weights in ("ema", "swa", "last", "best"):
+    for weights in ("ema", "swa", "last"):
         done = bnexp("eval", "--weights", weights, "--recompute-stats", "--json")
         assert done.code == 0, done.stderr
         result = {k["name"]: k["accuracy"] for k in json.loads(done.stdout)["kinds"]}
         if weights in ("ema", "swa"):
             logged = {k["name"]: k["accuracy"] for k in run.comparison()["kinds"]}
-            assert result["recomputed"] == logged[f"{weights}/recomputed"]
+            assert result[f"{weights}/recomputed"] == logged[f"{weights}/recomputed"]
+            assert f"{weights.upper()} weights with " in json.loads(done.stdout)["verdict"]
 
 
 def test_help_and_import_need_no_torch():
@@ -346,3 +347,30 @@ def test_fashion_mnist_is_learned(bnexp):
     run = Run(bnexp.cwd / "runs" / "fashion-mnist-1")
     with open(run.path / "steps.csv") as file:
         assert len(list(csv.DictReader(file))) == 60
+
+
+def test_a_best_chosen_on_the_test_images_is_kept_by_that_name_alone_and_says_so(bnexp, quick):
+    _, run = trained(bnexp, quick)
+    assert not list(run.checkpoints.glob("best*.pt"))
+    assert "has no best weights" in error_line(bnexp("eval", "--weights", "best"))
+    _, run = trained(bnexp, quick, "checkpoints.best=best-on-test")
+    assert [path.name for path in run.checkpoints.glob("best*.pt")] == ["best-on-test.pt"]
+    done = bnexp("eval", "--weights", "best-on-test", "--json")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert "on these very test images" in result["remarks"][0]
+    assert all(kind["label"].startswith("best-on-test weights") for kind in result["kinds"])
+    (run.checkpoints / "best-on-test.pt").rename(run.checkpoints / "best.pt")  # as older versions
+    done = bnexp("eval", "--weights", "best")
+    assert done.code == 0, done.stderr
+    assert "on these very test images" in " ".join(done.stdout.split())
+    line = error_line(
+        bnexp(
+            "train",
+            quick,
+            "checkpoints.best=best-on-test",
+            "data.val_fraction=0.2",
+            "training.early_stopping={}",
+        )
+    )
+    assert "early_stopping goes by the validation images" in line

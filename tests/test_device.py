@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from bnexp.device import estimate_step_bytes, is_out_of_memory, resolve_device
-from bnexp.errors import UserError
+from bnexp.device import estimate_step_bytes, resolve_device
+from bnexp.errors import UserError, is_out_of_memory
 from bnexp.networks import build_model
 
 

@@ -68,7 +68,11 @@ def test_figures_of_the_statistics_page_are_pictures_of_reasonable_size(name):
 
 
 ROOT = DOCS.parent
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(DOCS.glob("*.md")),
+    ROOT / "benchmarks" / "RESULTS.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -108,6 +112,20 @@ def test_commands_and_options_of_the_readme_exist():
     for name, rest in rows:
         known = {option for p in commands[name].params for option in p.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= known
+
+
+def test_the_map_names_every_module_and_nothing_else():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", text.partition("## To add")[0], flags=re.M)
+    named = {
+        name.strip("/").removesuffix(".py")
+        for row in rows
+        for name in re.findall(r"`([^`]+)`", row)
+    }
+    there = {path.stem for path in (ROOT / "bnexp").iterdir() if not path.name.startswith("__")}
+    assert named == there - {"py"}
+    for path in re.findall(r"`((?:statistics|config|training|data|networks|cli)/\w+\.py)`", text):
+        assert (ROOT / "bnexp" / path).is_file(), path
 
 
 def test_the_config_reference_is_current(monkeypatch):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, needs_fashion_mnist, trained, wait_for
 from PIL import Image
 
@@ -84,6 +85,12 @@ def test_out_of_memory_is_a_line_with_the_batch_size_and_an_estimate(bnexp, conf
     assert 80 < needed < 400
     run = Run(bnexp.cwd / "runs" / "victim-1")
     assert run.state["state"] == "failed" and "out of memory" in run.state["message"]
+
+
+def test_out_of_memory_before_there_is_a_run_is_a_line(bnexp, config):
+    done = bnexp("train", config, "model.name=small-cnn", memory_limit=MIB)
+    assert "out of memory" in only_line(done, 1)
+    assert not list((bnexp.cwd / "runs").glob("*"))
 
 
 def test_out_of_memory_in_an_evaluation_is_a_line(bnexp, config):
@@ -209,6 +216,141 @@ def test_nobody_reads_what_the_training_says(bnexp, config):
         process.stderr.close()
         assert process.wait() == 0
     assert Run(bnexp.cwd / "runs" / "victim-1").state["state"] == "finished"
+
+
+def test_streams_and_pictures_that_can_not_be_had_decide_nothing(bnexp, config):
+    """Both streams lead to a full disk; then a backend of a notebook, which isn't there."""
+    (bnexp.cwd / "quick.yaml").write_text(CONFIG.replace("victim", "quick"))
+    arguments = [sys.executable, "-m", "bnexp", "train", "quick.yaml", "training.steps=5"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(arguments, cwd=bnexp.cwd, env=env, stdout=full, stderr=full)
+    assert done.returncode == 0
+    run = Run(bnexp.cwd / "runs" / "quick-1")
+    assert run.state["state"] == "finished" and (run.path / "results.png").exists()
+    env["MPLBACKEND"] = "module://of_a_notebook"
+    done = subprocess.run(
+        [*arguments, "expect.test_accuracy=1"],
+        cwd=bnexp.cwd,
+        env=env,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "McNemar" in done.stdout and "run: runs/quick-2" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert Run(bnexp.cwd / "runs" / "quick-2").state["state"] == "finished"
+
+
+def test_results_that_can_not_be_printed_fail_a_command_that_only_prints(bnexp, config):
+    trained(bnexp, config, "training.steps=5")
+    to_full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+    assert "the disk is full" in only_line(bnexp("runs", inject=to_full), 1)
+
+
+def test_events_that_can_not_be_written_end_no_training(bnexp, config):
+    inject = (
+        "import bnexp.training.tensorboard as t\n"
+        "class Events:\n"
+        "    def __init__(self, *a, **k): pass\n"
+        "    def steps(self, rows): raise OSError(28, 'No space left on device')\n"
+        "t.Events = Events\n"
+        "import bnexp.training.logs; bnexp.training.logs.Events = Events\n"
+    )
+    arguments = ("training.steps=5", "logging.tensorboard=true")
+    done = bnexp("train", config, *arguments, inject=inject)
+    assert done.code == 0, done.stderr
+    assert "no more TensorBoard events: OSError" in done.stderr
+
+
+def test_a_run_from_elsewhere_writes_nothing_outside_when_it_is_resumed(bnexp, config):
+    run = trained(bnexp, config, "training.steps=25")
+    victim = bnexp.cwd / "victim"
+    victim.mkdir()
+    for name in ("steps.csv", "evals.csv", "state.json", "results.png", "environment.json"):
+        (run.path / name).rename(victim / name)
+        (run.path / name).symlink_to(victim / name)
+    before = content(victim)
+    done = bnexp("train", "--resume", run.path, "training.steps=30")
+    assert done.code == 0, done.stderr
+    assert content(victim) == before
+    assert run.steps()["step"].tolist() == list(range(1, 31))
+    elsewhere = run.checkpoints.rename(victim / "checkpoints")
+    (elsewhere / ".mine.tmp").write_text("mine")
+    (elsewhere / "step-999999999.pt").write_text("mine")
+    run.checkpoints.symlink_to(elsewhere)
+    before = content(victim)
+    line = only_line(bnexp("train", "--resume", run.path, "training.steps=40"), 2)
+    assert "checkpoints is a link" in line
+    assert content(victim) == before
+
+
+def test_pipes_and_folders_among_the_checkpoints_are_passed_over(bnexp, config):
+    run = trained(bnexp, config, "training.steps=25")
+    os.mkfifo(run.checkpoints / "step-000000026.pt")
+    (run.checkpoints / "step-000000027.pt").mkdir()
+    (run.checkpoints / ".step.tmp").mkdir()
+    (run.checkpoints / "step-000000028.pt").symlink_to("/dev/zero")
+    (run.checkpoints / "step-²00000029.pt").write_text("")
+    assert bnexp("eval", run.path).code == 0
+    done = bnexp("train", "--resume", run.path, "training.steps=26", "checkpoints.keep=1")
+    assert done.code == 0, done.stderr
+    os.mkfifo(run.checkpoints / "best-on-test.pt")
+    assert "no ordinary file" in only_line(bnexp("eval", "--weights", "best-on-test"), 2)
+
+
+def test_a_checkpoint_of_another_seed_or_run_is_refused(bnexp, config):
+    run = trained(bnexp, config, "training.steps=25")
+    other = trained(bnexp, config, "training.steps=25", "seed=1")
+    same = trained(bnexp, config, "training.steps=25")
+    name = "step-000000025.pt"
+    for source, said in ((other, "another run"), (same, "another run")):
+        shutil.copy(source.checkpoints / name, run.checkpoints / name)
+        line = only_line(bnexp("train", "--resume", run.path, "training.steps=30"), 2)
+        assert said in line and str(run.checkpoints) in line
+    state = torch.load(other.checkpoints / name, weights_only=True)
+    torch.save({**state, "run": None}, run.checkpoints / name)  # as older versions wrote it
+    line = only_line(bnexp("train", "--resume", run.path, "training.steps=30"), 2)
+    assert "another training (seed: 1 became 0)" in line
+    state = torch.load(same.checkpoints / name, weights_only=True)
+    state["model"]["bn1.running_mean"] = state["model"]["bn1.running_mean"].double()
+    torch.save({**state, "run": run.id}, run.checkpoints / name)
+    for command in (["train", "--resume", run.path, "training.steps=30"], ["eval", run.path]):
+        assert "bn1.running_mean is torch.float64" in only_line(bnexp(*command), 2)
+
+
+def test_another_number_of_threads_is_recorded_and_said(bnexp, config):
+    run = trained(bnexp, config, "training.steps=5")
+    environment = run.environment
+    assert environment["threads"] == 1
+    run.write_json("environment.json", {**environment, "threads": 3})
+    done = bnexp("train", "--resume", run.path, "training.steps=10")
+    assert done.code == 0 and "the run had 3 threads and goes on with 1" in done.stderr
+    assert run.environment["resumes"][0]["threads"] == 1
+    done = bnexp("train", "--resume", run.path, "training.steps=15")
+    assert done.code == 0 and "threads" not in done.stderr.replace("1 thread)", "")
+
+
+def test_data_that_have_changed_are_refused_until_they_are_accepted(bnexp, config):
+    for number in range(60):
+        folder = bnexp.cwd / "images" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(folder / f"{number}.png")
+    images = ("data.name=image-folder", "data.root=images", "training.batch_size=8")
+    run = trained(bnexp, config, *images, "training.steps=5", "test.every=null")
+    moved = (bnexp.cwd / "images").rename(bnexp.cwd / "moved")
+    assert bnexp("eval", run.path, f"data.root={moved}").code == 0
+    assert bnexp("eval", f"data.root={moved}").code == 0
+    assert "eval takes data.root" in only_line(bnexp("eval", run.path, "seed=1"), 2)
+    (moved / "a" / "0.png").unlink()
+    resume = ("train", "--resume", run.path, f"data.root={moved}", "training.steps=6")
+    for command in (resume, ("eval", run.path, f"data.root={moved}")):
+        line = only_line(bnexp(*command), 2)
+        assert "have changed: " in line and "class a" in line and "--changed-data" in line
+        done = bnexp(*command, "--changed-data")
+        assert done.code == 0 and "have changed" in done.stderr, done.stderr
+    assert "class a" in run.environment["resumes"][0]["changed_data"]
+    assert bnexp("eval", run.path).code == 0  # config.yaml and data.json are those of the resume
 
 
 def test_nothing_but_ordinary_files_is_replaced(bnexp, config):

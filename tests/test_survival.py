@@ -56,7 +56,7 @@ def assert_same_run(one, other):
     assert rows_without_seconds(one) == rows_without_seconds(other)
     first, _ = newest_checkpoint(one.checkpoints)
     second, _ = newest_checkpoint(other.checkpoints)
-    assert_same_tree({**first, "config": ""}, {**second, "config": ""})
+    assert_same_tree({**first, "config": "", "run": ""}, {**second, "config": "", "run": ""})
     assert one.comparison() == other.comparison()
 
 
@@ -141,7 +141,75 @@ def _finished(run):
         return run.state["state"] == "finished"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+KILL = """
+import os, signal
+left = [{number}]
+def killing(function):
+    def run(*args, **kwargs):
+        if any("checkpoints" in str(argument) for argument in args):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return run
+os.replace, os.link, os.unlink = map(killing, (os.replace, os.link, os.unlink))
+"""
+
+
+def test_kill_9_before_every_single_write_in_the_checkpoints_folder(bnexp):
+    """Between a step's checkpoint and the best's, too: the best is the undisturbed run's."""
+    (bnexp.cwd / "best.yaml").write_text(BEST_CONFIG)
+    reference = trained(bnexp, "best.yaml", "--name", "reference")
+    assert reference.state["weights"] == "best"
+    best = load_checkpoint(reference.checkpoints / "best.pt")
+    for number in range(1, 100):
+        name = f"killed{number}"
+        done = bnexp("train", "best.yaml", "--name", name, inject=KILL.format(number=number))
+        if done.code == 0:
+            break
+        run = Run(bnexp.cwd / "runs" / f"{name}-1")
+        assert run.state["state"] == "killed"
+        done = bnexp("train", "--resume", run.path)
+        assert done.code == 0, done.stderr
+        assert_same_run(reference, run)
+        found = load_checkpoint(run.checkpoints / "best.pt")
+        assert_same_tree({**best, "config": "", "run": ""}, {**found, "config": "", "run": ""})
+        shutil.rmtree(run.path)
+    assert number > 10
+
+
+BEST_CONFIG = """
+name: best
+data: {name: digits, limit: {train: 300, test: 100}, val_fraction: 0.3}
+model: {name: mlp}
+statistics: {recompute: {samples: 100}}
+training:
+  steps: 60
+  batch_size: 32
+  optimizer: {lr: 0.5}
+  early_stopping: {metric: val_accuracy, patience: 2}
+test: {every: 5}
+checkpoints: {every_steps: 9, every_seconds: null}
+"""
+
+
+def test_best_weights_that_are_lost_are_not_replaced_by_others_in_silence(bnexp):
+    """Both files of the best evaluation are gone: the last weights are taken, and that is said."""
+    (bnexp.cwd / "best.yaml").write_text(BEST_CONFIG)
+    run = trained(bnexp, "best.yaml")
+    assert run.state["weights"] == "best"
+    (run.checkpoints / "best.pt").unlink()
+    for path in run.checkpoints.glob("step-*.pt"):
+        if load_checkpoint(path)["best"]["step"] == load_checkpoint(path)["step"]:
+            path.unlink()
+    run.write_state("running", 0, 60)
+    done = bnexp("train", "--resume", run.path)
+    assert done.code == 0, done.stderr
+    assert "the best weights, of step" in done.stderr and "are lost" in done.stderr
+    assert run.state["weights"] == "last" and run.comparison()["weights"] == "last"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_130(bnexp, config, number):
     reference = trained(bnexp, config, "--name", "reference")
     command = bnexp.start("train", config, "checkpoints={every_steps: 1000}", "--name", "victim")
@@ -159,6 +227,36 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_130(bnexp, config,
     assert_same_run(reference, run)
     (resume,) = run.environment["resumes"]
     assert resume["step"] == state["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_two_signals_end_the_run_at_once_and_its_state_is_true(bnexp, config, number):
+    command = bnexp.start(
+        "train",
+        config,
+        "training.steps=100000",
+        "test.every=null",
+        "training.averages={}",
+        "checkpoints={every_steps: 50, every_seconds: null}",
+        "--name",
+        "victim",
+    )
+    run = Run(bnexp.cwd / "runs" / "victim-1")
+    wait_for(lambda: list((run.path / "checkpoints").glob("step-*.pt")))
+    command.signal(number)
+    command.signal(number)
+    with contextlib.suppress(ProcessLookupError):
+        command.signal(number)
+    done = command.wait()
+    assert done.code == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    state, newest = run.state, newest_checkpoint(run.checkpoints)[0]
+    assert state["state"] in (
+        "interrupted",
+        "killed",
+    )  # killed: the third came while it was written
+    assert state["step"] in (newest["step"], newest["step"] - 50)
+    assert not run.is_locked()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(bnexp, config):

@@ -13,6 +13,7 @@ from bnexp.torch_internals import (
     BatchNormBase,
     has_hooks,
     in_backward,
+    in_transform,
     is_lazy,
     original_module,
     outside_of_graphs,
@@ -210,3 +211,17 @@ def test_the_order_of_attention_kernels():
     assert internals.attention_order() == order[::-1]
     internals.set_attention_order(order)
     assert internals.attention_order() == order
+
+
+def test_in_transform():
+    seen = []
+
+    def forward(x):
+        seen.append(in_transform(x))
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    forward(x)
+    torch.vmap(forward)(x)
+    torch.func.grad(forward)(x)
+    assert seen == [False, True, True]

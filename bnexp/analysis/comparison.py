@@ -9,9 +9,11 @@ the difference, however many of them there are.
 | accuracy, also per class | score interval | Wilson 1927 |
 | difference of accuracies | score interval for paired proportions | Tango 1998 |
 | is there a difference | exact McNemar test | McNemar 1947, binomial form |
+| difference of a class's accuracies | exact McNemar test, corrected over classes and conditions | |
 | several conditions at once | step-down correction of the p-values | Holm 1979 |
 | mean loss and its paired difference | Student's t interval | |
 | calibration | expected calibration error, 15 bins | Guo et al. 2017 |
+| is a model at chance | balanced accuracy, and likelihood ratio with BIC | Schwarz 1978 |
 | runs with several seeds | Student's t interval, differences paired by seed | |
 
 Tango's interval rather than Newcombe's (1998, method 10): the statistics under comparison often
@@ -23,8 +25,8 @@ McNemar's chi-square, so interval and test tell the same story up to the exact t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from bnexp.analysis.intervals import (
     expected_calibration_error,
     finite,
     holm,
+    information,
     mcnemar_p,
     paired_counts,
     paired_interval,
@@ -41,11 +44,11 @@ from bnexp.analysis.intervals import (
 )
 from bnexp.analysis.layers import LayerRow
 from bnexp.analysis.predictions import Predictions
-from bnexp.analysis.reading import read
 from bnexp.analysis.results import Paired, Result, compared_result, paired_results
-from bnexp.analysis.verdict import Outcome, Verdict, judge, outcome
+from bnexp.analysis.verdict import Outcome, Verdict, judge, outcome, worst_moment
 from bnexp.condition import Condition, Weights, label
 from bnexp.errors import UserError
+from bnexp.reading import read
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class Comparison:
         """The one that the verdict judges the baseline by; None where it stands alone."""
         return compared_result(self.results)
 
+    def along_the_run(self, rows: Iterable[tuple[int, Condition, float]]) -> Comparison:
+        """With the worst moment of the run in the verdict (`worst_moment`): step, condition and
+        accuracy of its evaluations on the test set."""
+        return replace(self, verdict=worst_moment(self.verdict, self.results, rows, self.samples))
+
     def to_dict(self) -> dict[str, Any]:
         """What comparison.json holds: lists, strings, numbers and None only; no NaN."""
         return {
@@ -111,46 +119,62 @@ class Comparison:
                 for kind in content["kinds"]
             ]
             results = read(list[Result], kinds)
-            comparison = cls(
+            classes = read(list[str], content["classes"])
+            class_samples = read(list[int], content["class_samples"])
+            baseline = Condition.parse(content["baseline"], own)
+            score = read(str, content.get("score", "accuracy"))
+            if bool(classes) != (score == "accuracy"):
+                raise UserError("an accuracy has classes, and other scores have none")
+            _check(results, baseline, classes, class_samples)
+            return cls(
                 samples=read(int, content["samples"]),
-                classes=read(list[str], content["classes"]),
-                class_samples=read(list[int], content["class_samples"]),
+                classes=classes,
+                class_samples=class_samples,
                 chance=read(float, content["chance"]),
-                baseline=Condition.parse(content["baseline"], own),
+                baseline=baseline,
                 results=results,
                 layers={
                     Condition.parse(name, own): [LayerRow.from_dict(row) for row in rows]
                     for name, rows in content.get("layers", {}).items()
                 },
                 verdict=Verdict(
-                    _outcome_in(content, results),
+                    _outcome_in(content, results, class_samples),
                     read(str, content["verdict"]),
                     read(tuple[str, ...], content.get("remarks", [])),
                 ),
-                score=read(str, content.get("score", "accuracy")),
+                score=score,
             )
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"it is not a comparison ({type(error).__name__}: {error})") from None
-        comparison._check()
-        return comparison
-
-    def _check(self) -> None:
-        """UserError where numbers that were read do not belong together."""
-        first, *others = self.results
-        if first.condition != self.baseline or len(others) != len(self.others):
-            raise UserError("the baseline comes first, and the others are paired with it")
-        lists: list[list] = [self.class_samples, *(r.class_accuracy for r in self.results)]
-        for _, pair in self.others:
-            lists += [pair.class_difference, pair.class_gained, pair.class_lost]
-        if self.samples < 1 or any(len(values) != len(self.classes) for values in lists):
-            raise UserError("samples and classes do not belong together")
 
 
-def _outcome_in(content: Mapping[str, Any], results: list[Result]) -> Outcome:
+def _check(
+    results: Sequence[Result],
+    baseline: Condition,
+    classes: Sequence[str],
+    class_samples: Sequence[int],
+) -> None:
+    """UserError where parts of a record do not belong together."""
+    pairs = paired_results(results)
+    if [r.condition for r in results] != [baseline, *(result.condition for result, _ in pairs)]:
+        raise UserError("the baseline comes first, and the others are paired with it")
+    lists = [pair.class_gained for _, pair in pairs] + [pair.class_lost for _, pair in pairs]
+    lengths = {len(classes), len(class_samples), *map(len, lists)}
+    lengths |= {len(pair.class_difference) for _, pair in pairs}
+    tested = [n > 0 for n in class_samples]
+    if len(lengths) > 1 or (classes and not any(tested)) or min(class_samples, default=0) < 0:
+        raise UserError("the numbers of classes do not belong together")
+    if any([share is not None for share in r.class_accuracy] != tested for r in results):
+        raise UserError("a class has an accuracy without samples, or samples without one")
+
+
+def _outcome_in(
+    content: Mapping[str, Any], results: list[Result], class_samples: list[int]
+) -> Outcome:
     """Old records of accuracies don't name their outcome; that of other scores needs the scores."""
     if content.get("score", "accuracy") != "accuracy":
         return read(Outcome, content["outcome"])  # type: ignore[arg-type]
-    return outcome(results, content["chance"])
+    return outcome(results, class_samples)
 
 
 def _result_to_dict(result: Result) -> dict[str, Any]:
@@ -195,16 +219,15 @@ def compare(
         found = predictions[condition]
         paired = _pair(base, found, len(classes), p, corrected)
         results.append(_result(condition, made, found, class_samples, paired))
-    chance = float(class_samples.max() / len(base))
     return Comparison(
         samples=len(base),
         classes=list(classes),
         class_samples=class_samples.tolist(),
-        chance=chance,
+        chance=float(class_samples.max() / len(base)),
         baseline=baseline,
         results=results,
         layers={condition: list(rows) for condition, rows in (layers or {}).items()},
-        verdict=judge(results, len(base), chance, made),
+        verdict=judge(results, classes, class_samples.tolist(), made),
     )
 
 
@@ -229,6 +252,7 @@ def _result(
             _per_class(found.labels, correct, len(class_samples)), class_samples
         ),
         versus_baseline=paired,
+        information=information(found.predicted, found.labels),
     )
 
 

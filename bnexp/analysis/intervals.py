@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 LEVEL = 0.95
 BINS = 15
@@ -18,6 +18,52 @@ def wilson_interval(successes: int, n: int) -> Interval:
     """95 % score interval of a proportion (Wilson 1927)."""
     interval = stats.binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def score_interval(share: float, n: float) -> Interval:
+    """Wilson's interval for a share that need not be a count of successes, of n samples' worth."""
+    z2 = float(stats.norm.ppf(0.5 + LEVEL / 2)) ** 2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def balanced_interval(recalls: Sequence[float], class_samples: Sequence[int]) -> Interval:
+    """95 % interval of the mean of the classes' recalls, each class with samples of its own.
+
+    A score interval with as many samples as give the mean its variance where all recalls are the
+    same: K² / Σ 1/n_k. With equal classes it is that of the accuracy.
+    """
+    worth = len(recalls) ** 2 / sum(1 / n for n in class_samples)
+    return score_interval(sum(recalls) / len(recalls), worth)
+
+
+def information(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Evidence that samples are named right more often than predictions that know nothing would
+    name them; 0 and below is none. Integer arrays (N,), labels from 0 on, predictions from -1 on.
+
+    For each of the K classes, the likelihood ratio statistic G² of "predicted as it" against "is
+    it", negative where fewer are right than by chance; their sum, which counts K - 1 of K
+    comparisons twice over, times (K - 1) / K, less (K - 1)·ln N, so that the traces any test finds
+    in many samples do not count (BIC; Schwarz 1978). With two classes this is G² - ln N of their
+    table.
+    """
+    n, classes = len(labels), int(max(labels.max(), predicted.max())) + 1
+    are = np.bincount(labels, minlength=classes)
+    named = np.bincount(predicted[predicted >= 0], minlength=classes)
+    both = np.bincount(labels[predicted == labels], minlength=classes)
+    g = 2 * sum(
+        special.xlogy(cell, np.where(cell, cell * n / np.maximum(rows * columns, 1), 1))
+        for cell, rows, columns in (
+            (both, are, named),
+            (are - both, are, n - named),
+            (named - both, n - are, named),
+            (n - are - named + both, n - are, n - named),
+        )
+    )
+    count = int((are > 0).sum())
+    signed = (np.sign(both * n - are * named) * g)[are > 0].sum()
+    return float((count - 1) * (signed / count - math.log(n)))
 
 
 def paired_counts(first: np.ndarray, second: np.ndarray) -> tuple[int, int]:

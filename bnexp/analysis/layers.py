@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from bnexp.analysis.intervals import Interval, finite, paired_counts, paired_interval
 from bnexp.analysis.predictions import Predictions
-from bnexp.analysis.reading import read
+from bnexp.reading import read
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,19 @@ class LayerRow:
     def from_dict(cls, row: Mapping[str, Any]) -> LayerRow:
         mended = read(LayerCost, row) if "difference" in row else None
         return replace(read(cls, row), mended=mended)
+
+
+def worst_first(rows: Sequence[LayerRow]) -> list[LayerRow]:
+    """Those first that alone, mended or spoiled, are seen to change the accuracy, by how much;
+    the others as they were, which is by drift."""
+
+    def seen(row: LayerRow) -> float:
+        costs = [cost for cost in (row.mended, row.spoiled) if cost]
+        return max(
+            (abs(c.difference) for c in costs if c.interval[0] * c.interval[1] > 0), default=0
+        )
+
+    return sorted(rows, key=seen, reverse=True)
 
 
 def layer_cost(reference: Predictions, exchanged: Predictions) -> LayerCost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bnexp.analysis.intervals import Interval
+from bnexp.analysis.intervals import Interval, holm, mcnemar_p
 from bnexp.condition import Condition, compared_with
 
 
@@ -35,7 +35,9 @@ class Paired:
 @dataclass(frozen=True)
 class Result:
     """How the model does under one condition. `label` names the condition in sentences;
-    `broken` counts the samples whose logits are not finite numbers (they count as wrong)."""
+    `broken` counts the samples whose logits are not finite numbers (they count as wrong).
+    `information` is the evidence that predictions know the label (`intervals.information`); None
+    in records that do not have it."""
 
     condition: Condition
     label: str
@@ -47,6 +49,18 @@ class Result:
     broken: int
     class_accuracy: list[float | None]
     versus_baseline: Paired | None
+    information: float | None = None
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean of the classes' accuracies, of those that have samples."""
+        found = [share for share in self.class_accuracy if share is not None]
+        return sum(found) / len(found)
+
+    @property
+    def guessing(self) -> float:
+        """The balanced accuracy of predictions that know nothing of the label."""
+        return 1 / sum(share is not None for share in self.class_accuracy)
 
 
 def paired_results(results: Sequence[Result]) -> list[tuple[Result, Paired]]:
@@ -59,3 +73,20 @@ def compared_result(results: Sequence[Result]) -> tuple[Result, Paired] | None:
     by_condition = {result.condition: (result, pair) for result, pair in paired_results(results)}
     chosen = compared_with(results[0].condition, by_condition)
     return by_condition[chosen] if chosen else None
+
+
+def class_p_values(results: Sequence[Result]) -> dict[Condition, list[float | None]]:
+    """Per condition and class, the exact McNemar test of the class's gains against its losses,
+    Holm-corrected over classes and conditions; None for a class without samples."""
+    tested = [
+        (result.condition, i, mcnemar_p(pair.class_gained[i], pair.class_lost[i]))
+        for result, pair in paired_results(results)
+        for i, share in enumerate(result.class_accuracy)
+        if share is not None
+    ]
+    found: dict[Condition, list[float | None]] = {
+        result.condition: [None] * len(result.class_accuracy) for result in results[1:]
+    }
+    for (condition, i, _), p in zip(tested, holm([p for *_, p in tested]), strict=True):
+        found[condition][i] = p
+    return found

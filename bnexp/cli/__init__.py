@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,14 +11,23 @@ from typing import NoReturn
 import typer
 
 from bnexp.cli import commands
-from bnexp.errors import ExpectationNotMet, Interrupted, RunFailed, UserError, disk_failure
+from bnexp.cli.streams import flush_or_give_up
+from bnexp.errors import (
+    ExpectationNotMet,
+    Interrupted,
+    RunFailed,
+    UserError,
+    disk_failure,
+    is_out_of_memory,
+)
+from bnexp.performance import wait_briefly
 
 MESSAGE = 2000
 
 app = typer.Typer(
     help="Train CNNs with batch normalization and measure what its moving averages are worth.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -29,6 +39,9 @@ app.command()(commands.report)
 app.command()(commands.runs)
 app.command()(commands.compare)
 app.command()(commands.config)
+app.command()(commands.export)
+app.command()(commands.init)
+app.command()(commands.models)
 
 
 @app.callback(invoke_without_command=True)
@@ -51,11 +64,17 @@ def main() -> None:
         interrupted = True
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
     _prepare_streams()
+    wait_briefly()
     try:
-        app(prog_name="bnexp")
+        try:
+            app(prog_name="bnexp")
+        except SystemExit:
+            sys.stdout.flush()
+            raise
     except (UserError, RunFailed, ExpectationNotMet, Interrupted) as error:
         _fail(str(error), error.exit_code)
     except BaseException as error:
@@ -65,6 +84,8 @@ def main() -> None:
             _fail("interrupted", 130)
         _fail_if_explained(error)
         raise
+    finally:
+        flush_or_give_up()
 
 
 def _prepare_streams() -> None:
@@ -83,11 +104,8 @@ def _fail_if_explained(error: BaseException) -> None:
         sys.exit(1)
     if failure := disk_failure(error):
         _fail(str(failure), failure.exit_code)
-    if isinstance(error, MemoryError | RuntimeError):
-        from bnexp.device import is_out_of_memory
-
-        if is_out_of_memory(error):
-            _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
+    if is_out_of_memory(error):
+        _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
@@ -95,5 +113,6 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     if len(message) > MESSAGE:
         message = f"{message[: MESSAGE // 2]} ... {message[-MESSAGE // 2 :]}"
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f"bnexp: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # the exit code says it, too
+        print(f"bnexp: {line}", file=sys.stderr)
     sys.exit(exit_code)

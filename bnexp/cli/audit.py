@@ -39,6 +39,8 @@ def run_audit(
             raise UserError(f"--mend {mend} exists: name a file that doesn't")
     keep_freed_memory()
 
+    import torch
+
     from bnexp.audit import audit
     from bnexp.device import resolve_device
     from bnexp.networks.weights import same_averages_as, write_mended
@@ -75,7 +77,7 @@ def run_audit(
     )
     comparison, findings = result.comparison.to_dict(), result.to_dict()
     folder = next_folder(config.name, RUNS)
-    environment = describe_environment(0, str(device))
+    environment = describe_environment(0, str(device), torch.get_num_threads())
     page = render(
         result.comparison,
         findings,

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+ChangedData = Annotated[
+    bool, typer.Option("--changed-data", help="Go on though the run's data have changed.")
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 
@@ -24,16 +27,21 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
     ] = None,
+    changed_data: ChangedData = False,
 ) -> None:
     """Train a network and compare its BN statistics."""
     from bnexp.cli.train import run_train
 
-    run_train(config, overrides or [], device, name, resume)
+    run_train(config, overrides or [], device, name, resume, changed_data)
 
 
 def evaluate(
     run: Annotated[
         str | None, typer.Argument(help="Run folder or name; the newest finished run if left out.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.root=FOLDER]", help="Where the run's images have moved."),
     ] = None,
     recompute_stats: Annotated[
         bool, typer.Option("--recompute-stats", help="Also evaluate recomputed statistics.")
@@ -46,18 +54,30 @@ def evaluate(
         int | None, typer.Option(min=2, help="Training images to recompute from.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Which weights: last, best, ema, swa.")
+        str | None, typer.Option(help="Which weights: last, best, best-on-test, ema, swa.")
     ] = None,
     batch: Annotated[
         bool, typer.Option("--batch", help="Also evaluate mini-batch statistics.")
     ] = False,
     device: Device = None,
+    changed_data: ChangedData = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run under each kind of BN statistics."""
     from bnexp.cli.eval import run_eval
 
-    run_eval(run, recompute_stats, method or [], samples, weights, batch, device, as_json)
+    run_eval(
+        run,
+        recompute_stats,
+        method or [],
+        samples,
+        weights,
+        batch,
+        device,
+        as_json,
+        changed_data,
+        overrides or [],
+    )
 
 
 def audit(
@@ -165,3 +185,42 @@ def config(
     from bnexp.cli.config import run_config
 
     run_config(path, overrides or [], schema)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder or name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file: .pt or .safetensors.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Which weights: last, best, ema, swa.")
+    ] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help="Which statistics: running, recomputed, or an estimator's name."),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Write a run's network as a plain state_dict that loads without bnexp."""
+    from bnexp.cli.export import run_export
+
+    run_export(run, out, weights, statistics, device)
+
+
+def init(
+    name: Annotated[
+        str | None, typer.Argument(help="A shipped config; without it, they are listed.")
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to; NAME.yaml if left out.")
+    ] = None,
+) -> None:
+    """Write a commented config to start from."""
+    from bnexp.cli.lists import run_init
+
+    run_init(name, path)
+
+
+def models(as_json: Json = False) -> None:
+    """List the networks a config can name."""
+    from bnexp.cli.lists import run_models
+
+    run_models(as_json)

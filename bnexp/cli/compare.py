@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
+from bnexp.analysis.results import Result
 from bnexp.analysis.words import signed, signed_interval
 from bnexp.cli.tables import output
 from bnexp.errors import UserError
 from bnexp.records import find_run
-from bnexp.report.run_data import RunData
-from bnexp.report.several import SeedGroup, config_differences, seed_groups
+from bnexp.report.run_data import Evaluation, RunData
+from bnexp.report.several import SeedGroup, by_test_set, config_differences, seed_groups
 
 CURVE_COLUMNS = 6
 
@@ -38,7 +39,8 @@ def _tree(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> 
     return {
         "runs": [
             {"name": run.name, "path": run.path, "state": run.state["state"],
-             "evals": [_without_nan(row) for row in run.evals], "comparison": run.comparison}
+             "evals": [_evaluation(row) for row in run.evals],
+             "comparison": run.comparison.to_dict() if run.comparison else None}
             for run in runs
         ],
         "config_differences": {
@@ -46,14 +48,21 @@ def _tree(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> 
             for key, values in differences
         },
         "seeds": [
-            {**asdict(group), "summary": [row.to_dict() for row in group.summary]}
+            {"config": group.config, "runs": [run.name for run in group.runs],
+             "seeds": group.seeds, "repeated": group.repeated,
+             "summary": [row.to_dict() for row in group.summary]}
             for group in groups
         ],
     }  # fmt: skip
 
 
-def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+def _evaluation(row: Evaluation) -> dict[str, Any]:
+    """As in evals.csv; a loss that is no number is null."""
+    found = {**asdict(row), "statistics": str(row.condition)}
+    del found["condition"]
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()
+    }
 
 
 def _print(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> None:
@@ -89,10 +98,9 @@ def _print_differences(console, runs: Sequence[RunData], differences) -> None:
             holders.setdefault("–" if value is None else str(value), []).append(run.name)
         table.add_row(key, "\n".join(f"{v}: {', '.join(names)}" for v, names in holders.items()))
     console.print(table)
-    if any(key.startswith("data.") for key, _ in differences):
-        console.print(
-            "The data differ: the runs may have been tested on other images.", style="yellow"
-        )
+    if len(sets := by_test_set(runs)) > 1:
+        names = "; ".join(f"{name}: {', '.join(r.name for r in group)}" for name, group in sets)
+        console.print(f"The runs were tested on different images. {names}.", style="yellow")
 
 
 def _print_curves(console, runs: Sequence[RunData]) -> None:
@@ -110,42 +118,48 @@ def _print_curves(console, runs: Sequence[RunData]) -> None:
 
 
 def _print_final(console, runs: Sequence[RunData]) -> None:
-    kinds = list(
-        dict.fromkeys(k["name"] for r in runs if r.comparison for k in r.comparison["kinds"])
-    )
-    if not kinds:
+    found = [
+        {str(result.condition): result for result in run.comparison.results}
+        if run.comparison
+        else {}
+        for run in runs
+    ]
+    names = list(dict.fromkeys(name for results in found for name in results))
+    if not names:
         console.print("\nNone of the runs has a final comparison yet.")
         return
     table = _table(
-        console, "at the end, %, with the difference to the baseline in points", "run", kinds
+        console, "at the end, %, with the difference to the baseline in points", "run", names
     )
-    for run in runs:
-        cells = []
-        found = {k["name"]: k for k in run.comparison["kinds"]} if run.comparison else {}
-        for name in kinds:
-            kind = found.get(name)
-            paired = kind and kind["versus_baseline"]
-            cell = f"{100 * kind['accuracy']:.2f}" if kind else "–"
-            cells.append(f"{cell} ({signed(paired['difference'])})" if paired else cell)
-        table.add_row(run.name, *cells)
+    for run, results in zip(runs, found, strict=True):
+        table.add_row(run.name, *(_final_cell(results.get(name)) for name in names))
     console.print(table)
+
+
+def _final_cell(result: Result | None) -> str:
+    if result is None:
+        return "–"
+    pair = result.versus_baseline
+    return f"{100 * result.accuracy:.2f}" + (f" ({signed(pair.difference, 2)})" if pair else "")
 
 
 def _print_seeds(console, group: SeedGroup) -> None:
     columns = ("mean", "95 % interval", "std. dev.", "difference", "95 % interval")
     seeds = ", ".join(map(str, group.seeds))
     table = _table(
-        console, f"{len(group.seeds)} seeds of one config ({seeds}), %", "statistics", columns
+        console,
+        f"{len(group.seeds)} seeds ({seeds}) of one config: {group.config}, %",
+        "statistics",
+        columns,
     )
     for row in group.summary:
-        low, high = row.interval
-        cells = [
-            f"{100 * row.mean:.2f}",
-            f"{100 * low:.2f} to {100 * high:.2f}",
-            f"{100 * row.standard_deviation:.2f}",
-        ]
-        if row.difference is not None:
-            cells += [signed(row.difference), signed_interval(row.difference_interval)]
+        cells = [f"{100 * row.mean:.2f}", "", ""]
+        if row.interval:
+            cells[1] = f"{100 * row.interval[0]:.2f} to {100 * row.interval[1]:.2f}"
+        if row.standard_deviation is not None:
+            cells[2] = f"{100 * row.standard_deviation:.2f}"
+        if row.difference is not None and row.difference_interval:
+            cells += [signed(row.difference, 2), signed_interval(row.difference_interval, 2)]
         table.add_row(str(row.condition), *cells)
     console.print(table)
     console.print("t intervals of the mean over seeds; differences are paired by seed", style="dim")

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bnexp.condition import made_by
 from bnexp.config import Config, resolve
 from bnexp.config.schema import RECOMPUTE_METHODS
-from bnexp.errors import UserError
+from bnexp.errors import UserError, shown
 from bnexp.performance import allow_tf32, keep_freed_memory
 from bnexp.records import Run, find_run, newest_finished_run
 
 if TYPE_CHECKING:
     from bnexp.training.trained import Trained
 
-WEIGHTS = ("last", "best", "ema", "swa")
+MAY_MOVE = ("data.root", "data.workers")
+WEIGHTS = ("last", "best", "best-on-test", "ema", "swa")
 
 
 def run_eval(
@@ -28,16 +31,23 @@ def run_eval(
     batch: bool,
     device: str | None,
     as_json: bool,
+    changed_data: bool = False,
+    overrides: Sequence[str] = (),
 ) -> None:
+    if run is not None and "=" in run:
+        overrides = [run, *overrides]
+        run = None
     methods = list(dict.fromkeys(method))
     if unknown := [m for m in methods if m not in RECOMPUTE_METHODS]:
         raise UserError(f"--method {unknown[0]}: allowed are {', '.join(RECOMPUTE_METHODS)}")
+    if other := [text for text in overrides if text.partition("=")[0] not in MAY_MOVE]:
+        raise UserError(f"{shown(other[0])}: eval takes {' and '.join(MAY_MOVE)} alone")
     if (methods or samples) and not recompute_stats:
         raise UserError("--method and --samples say how to recompute: add --recompute-stats")
     if weights is not None and weights not in WEIGHTS:
         raise UserError(f"--weights {weights}: allowed are {', '.join(WEIGHTS)}")
     found = find_run(run) if run is not None else newest_finished_run()
-    config = _with(found, methods[0] if len(methods) == 1 else None, samples)
+    config = _with(found, methods[0] if len(methods) == 1 else None, samples, overrides)
     if config.performance.allocator:
         keep_freed_memory()
 
@@ -47,8 +57,8 @@ def run_eval(
     allow_tf32(config.performance.tf32)
     resolved = resolve_device(device or config.device)
     weights = weights or found.state["weights"]
-    trained = load_trained(found.path, config, resolved, weights)
-    for line in trained.passed_over:
+    trained = load_trained(found, config, resolved, weights, changed_data)
+    for line in trained.warnings:
         print(f"bnexp: {line}", file=sys.stderr)
     if not as_json:
         print(
@@ -66,11 +76,11 @@ def run_eval(
         print_comparison(comparison, layers=5)
 
 
-def _with(run: Run, method: str | None, samples: int | None) -> Config:
+def _with(run: Run, method: str | None, samples: int | None, further: Sequence[str]) -> Config:
     """The run's config, recomputing as asked for."""
     asked = {"method": method, "samples": samples}
     overrides = [f"statistics.recompute.{k}={v}" for k, v in asked.items() if v is not None]
-    return resolve(run.config, overrides, f"{run.path}/config.yaml")
+    return resolve(run.config, [*overrides, *further], f"{run.path}/config.yaml")
 
 
 def _compare(trained: Trained, recompute: bool, methods: list, batch: bool, show_progress: bool):
@@ -92,4 +102,7 @@ def _compare(trained: Trained, recompute: bool, methods: list, batch: bool, show
             progress=show_progress and sys.stderr.isatty(),
         )
         found = evaluate(subject, sources, fold=config.performance.fold_batchnorm)
-        return compare_evaluation(subject, found, made_by(config.model_dump(mode="json")))
+        comparison = compare_evaluation(subject, found, made_by(config.model_dump(mode="json")))
+    verdict = comparison.verdict
+    verdict = replace(verdict, remarks=(*trained.remarks, *verdict.remarks))
+    return replace(comparison, verdict=verdict)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from bnexp.cli.tables import output
 from bnexp.errors import UserError
+from bnexp.printable import printable
 from bnexp.records import Run, all_runs
 
 
@@ -27,7 +29,7 @@ def run_runs(folder: Path, as_json: bool) -> None:
 def _describe_or_damaged(run: Run) -> dict[str, Any]:
     try:
         return describe(run)
-    except (UserError, LookupError, TypeError):
+    except UserError:
         fields = ("data", "model", "step", "total_steps", "test_accuracy", "created")
         unknown = dict.fromkeys(fields)
         return {"name": run.name, "path": str(run.path), "state": "damaged", **unknown}
@@ -74,15 +76,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table.add_column("when", no_wrap=True)
     for row in rows:
         accuracy = row["test_accuracy"]
-        table.add_row(
+        cells = (
             row["name"],
-            row["data"],
-            row["model"],
+            row["data"] or "–",
+            row["model"] or "–",
             _steps(row["step"], row["total_steps"]),
             row["state"],
             "–" if accuracy is None else f"{accuracy:.2%}",
             *[(row["created"] or "–")[:16].replace("T", " ")] * with_time,
         )
+        table.add_row(*(Text(printable(cell)) for cell in cells))  # a stranger's, no markup
     console.print(table)
 
 

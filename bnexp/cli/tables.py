@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from bnexp.analysis.layers import LayerCost, worst_first
+from bnexp.analysis.verdict import THESE_WEIGHTS
 from bnexp.analysis.words import count, p_value, signed
 from bnexp.condition import Condition, weights_label
 
 if TYPE_CHECKING:
     from bnexp.analysis.comparison import Comparison
-    from bnexp.analysis.layers import LayerRow
     from bnexp.analysis.results import Result
 
 PIPE_WIDTH = 160
 WIDE = 100
+WITH_CHANNELS = 140
 # The columns of the main table, and how wide a terminal each of them needs.
 RESULT_COLUMNS = (
     ("accuracy %", 0),
@@ -44,8 +46,8 @@ def print_comparison(comparison: Comparison, layers: int = 0) -> None:
     _print_results(console, comparison)
     if layers and comparison.compared:
         compared = comparison.compared[0].condition
-        if rows := comparison.layers.get(compared):
-            _print_layers(console, compared, rows[:layers], comparison.baseline)
+        if comparison.layers.get(compared):
+            _print_layers(console, comparison, compared, layers)
     console.print()
 
 
@@ -64,7 +66,7 @@ def _print_results(console: Console, comparison: Comparison) -> None:
         several = corrected if len(comparison.others) > 1 else ""
         console.print(
             f"difference to {comparison.baseline}, in points; changed: predictions that differ "
-            f"from its; p: exact McNemar test{several}.",
+            f"from its; p: exact McNemar test{several}. {THESE_WEIGHTS}",
             style="dim",
         )
 
@@ -105,21 +107,39 @@ def _cells(result: Result) -> dict[str, str]:
     return cells
 
 
-def _print_layers(
-    console: Console, other: Condition, rows: list[LayerRow], baseline: Condition
-) -> None:
-    table = _table(console, f"\nlayers whose {baseline} statistics are furthest from {other}")
+def _print_layers(console: Console, comparison: Comparison, other: Condition, shown: int) -> None:
+    rows, baseline = worst_first(comparison.layers[other]), comparison.baseline
+    of = f"{shown} of {len(rows)} " if shown < len(rows) else ""
+    title = f"{of}layers, those first that cost most alone, then those furthest from {other}"
+    table = _table(console, f"\n{title}")
     table.add_column("layer", overflow="fold")
-    wide = console.width >= WIDE
+    wide, channels = console.width >= WIDE, console.width >= WITH_CHANNELS
     columns = ["mean off by", "at worst", "log variance ratio", "at worst"]
-    if not wide:
-        columns = ["mean off by", "log variance ratio"]
-    for column in [*columns, "points if exchanged alone"]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        cells = [f"{row.mean_drift:.3f} σ", f"{row.log_var_drift:.3f}"]
-        if wide:
-            cells.insert(1, f"{row.worst_mean_drift:.3f} σ (channel {row.worst_mean_channel})")
-            cells.append(f"{row.worst_log_var_drift:.3f} (channel {row.worst_var_channel})")
-        table.add_row(row.name, *cells, signed(row.mended.difference, 2) if row.mended else "")
+    for column in [*(columns if channels else columns[::2]), "mended alone", "spoiled alone"]:
+        table.add_column(column, justify="right", no_wrap=channels)
+    for row in rows[:shown]:
+        cells = [
+            f"{row.mean_drift:.3f} σ",
+            f"{row.worst_mean_drift:.3f} σ (channel {row.worst_mean_channel})",
+            f"{row.log_var_drift:.3f}",
+            f"{row.worst_log_var_drift:.3f} (channel {row.worst_var_channel})",
+        ]
+        costs = (_cost(cost, wide) for cost in (row.mended, row.spoiled))
+        table.add_row(row.name, *(cells if channels else cells[::2]), *costs)
     console.print(table)
+    tried = [row.spoiled for row in rows if row.spoiled]
+    if tried:
+        console.print(
+            f"points of accuracy on {count(tried[0].samples or 0)} test images"
+            f"{', with 95 % intervals' if wide else ''}. mended alone: this layer gets {other} "
+            f"statistics and the others keep {baseline}; spoiled alone: this layer keeps "
+            f"{baseline} and the others get {other}. Tried for {len(tried)} of {len(rows)} layers.",
+            style="dim",
+        )
+
+
+def _cost(cost: LayerCost | None, wide: bool) -> str:
+    if cost is None:
+        return "–"
+    low, high = (signed(end, 2) for end in cost.interval)
+    return f"{signed(cost.difference, 2)}{f' ({low} … {high})' if wide else ''}"

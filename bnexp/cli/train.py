@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 
+from bnexp.cli.streams import printing_what_can_be
 from bnexp.config import Config, load_config, resolve
 from bnexp.errors import ExpectationNotMet, UserError
 from bnexp.performance import prepare_process
@@ -17,6 +20,7 @@ def run_train(
     device: str | None,
     name: str | None,
     resume: str | None,
+    changed_data: bool = False,
 ) -> None:
     """Train and print the comparison. ExpectationNotMet where the config expected more."""
     assignments = list(overrides)
@@ -33,14 +37,28 @@ def run_train(
 
     from bnexp.cli.tables import print_comparison
     from bnexp.experiment import run_experiment
-    from bnexp.report import write_results_png
 
-    outcome = run_experiment(settings, resume=run, progress=True, handle_signals=True)
-    write_results_png(outcome.record)
-    print_comparison(outcome.comparison)
-    print(f"run: {outcome.record.path}")
+    outcome = run_experiment(
+        settings, resume=run, progress=True, handle_signals=True, changed_data=changed_data
+    )
+    with printing_what_can_be():
+        print_comparison(outcome.comparison)
+        print(f"run: {outcome.record.path}")
+    _draw(outcome.record)
     if outcome.unmet:
         raise ExpectationNotMet(outcome.unmet)
+
+
+def _draw(run: Run) -> None:
+    """results.png. Whatever keeps it from being drawn, the training is done."""
+    try:
+        from bnexp.report import write_results_png
+
+        write_results_png(run)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        with contextlib.suppress(OSError, ValueError):
+            print(f"bnexp: results.png could not be drawn ({reason:.300})", file=sys.stderr)
 
 
 def _settings(path: str | None, overrides: list[str], run: Run | None) -> Config:

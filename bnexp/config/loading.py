@@ -168,23 +168,23 @@ def _typed(
     if isinstance(node, list):
         items = items_of(kinds)
         return [_typed(inner, items, schema, (*location, i)) for i, inner in enumerate(node)]
-    if not isinstance(node, Scalar):
-        return node
-    if takes_text(kinds) and not (node.value is None and NoneType in kinds):
-        if len(node.text) > MAX_TEXT:
+    plain = node.text if isinstance(node, Scalar) else node
+    value = node.value if isinstance(node, Scalar) else node
+    if isinstance(plain, str) and takes_text(kinds) and not (value is None and NoneType in kinds):
+        if len(plain) > MAX_TEXT:
             raise UserError(
                 f"{written_key(location, schema)} has more than {MAX_TEXT:,} characters"
             )
-        return node.text
-    return _checked(node.value, kinds, f"{written_key(location, schema)} is {shown(node.text)}")
-
-
-def _checked(value: Any, kinds: Kinds, said: str) -> Any:
-    """The value, unless pydantic would make of it what nobody meant."""
-    if isinstance(value, bool) and kinds and bool not in kinds:
-        reading = f"which YAML reads as {str(value).lower()}"
-        raise UserError(f"{said}, {reading}; that is not allowed here")
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
-    if whole and int in kinds and float not in kinds:
-        raise UserError(f"{said}; write {int(value)}")
+        return plain
+    if wrong := _misreading(value, kinds):
+        raise UserError(f"{written_key(location, schema)} is {shown(plain)}; {wrong}")
     return value
+
+
+def _misreading(value: Any, kinds: Kinds) -> str | None:
+    """What is wrong with a value that pydantic would turn into a number nobody meant."""
+    if isinstance(value, bool) and kinds and bool not in kinds:
+        return "true, false and YAML's yes, no, on and off are not allowed here"
+    if isinstance(value, float) and int in kinds and float not in kinds:
+        return f"write {int(value)}" if value.is_integer() and abs(value) < 2**63 else None
+    return None

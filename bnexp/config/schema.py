@@ -22,6 +22,7 @@ from pydantic import (
 
 from bnexp.errors import shown
 from bnexp.memory_size import parse_memory
+from bnexp.statistics.methods import Method
 from bnexp.statistics.rules import Estimator
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -65,7 +66,7 @@ class DataConfig(Section):
     image_size: Annotated[int, Field(ge=1, le=16384)] | None = None
     """Side of the square that images are resized to; needed where a folder's sizes differ."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that decode the images of an image-folder."""
+    """Threads that decode the images of an image-folder; 0 decodes them between the steps."""
     limit: LimitConfig = LimitConfig()
     """Fewer images than there are, to try something out."""
 
@@ -96,12 +97,11 @@ class ModelConfig(Section):
 # ---------------------------------------------------------------------------------- statistics
 
 
-RecomputeMethod = Literal["exact", "pooled", "batch-mean"]
-RECOMPUTE_METHODS = typing.get_args(RecomputeMethod)
+RECOMPUTE_METHODS = typing.get_args(Method)
 
 
 class RecomputeConfig(Section):
-    method: RecomputeMethod = "exact"
+    method: Method = "exact"
     """How population statistics are recomputed; see docs/statistics.md."""
     samples: Annotated[int, Field(ge=2)] | None = 10_000
     """How many training images they are computed over; null takes all."""
@@ -344,6 +344,9 @@ class CheckpointsConfig(Section):
     """Seconds between checkpoints; whichever is due first counts."""
     keep: PositiveInt = 2
     """How many of the newest are kept; the best is kept besides."""
+    best: Literal["best", "best-on-test"] = "best"
+    """Which evaluation's weights are the best: by the validation images, where there are any; or
+    best-on-test, by the test images, on which their accuracy is then better than on others."""
 
 
 class PerformanceConfig(Section):
@@ -407,6 +410,10 @@ class Config(Section):
     def _sections_agree(self):
         if self.training.early_stopping and not self.test.every:
             raise ValueError("training.early_stopping needs evaluations: set test.every")
+        if self.training.early_stopping and self.checkpoints.best == "best-on-test":
+            raise ValueError(
+                "training.early_stopping goes by the validation images: leave checkpoints.best out"
+            )
         if "batch" in self.test.statistics and self.test.batch_size < 2:
             raise ValueError("test.statistics has batch, so test.batch_size must be at least 2")
         part, batch = self.statistics.normalization_batch, self.training.batch_size

@@ -21,7 +21,7 @@ from bnexp.errors import UserError
 def load_digits(root: Path | None) -> files.Arrays:
     """The UCI handwritten digits inside the package; see digits.txt for source and licence.
 
-    1 797 images of 8x8 pixels with 17 levels, 0 to 16, stored as 15 times the level: 0 to 240.
+    1,797 images of 8x8 pixels with 17 levels, 0 to 16, stored as 15 times the level: 0 to 240.
     50 images of each class, fixed, are the test set. `root` is ignored.
     """
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:

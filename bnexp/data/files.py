@@ -298,7 +298,7 @@ def load_cifar(name: str, root: Path | None) -> Arrays:
 
 
 def load_svhn(root: Path | None) -> Arrays:
-    """SVHN's cropped digits: train (73 257) and test (26 032), without the extra ones."""
+    """SVHN's cropped digits: train (73,257) and test (26,032), without the extra ones."""
     from torchvision import datasets
 
     train, test = _load_torchvision(

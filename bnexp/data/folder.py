@@ -143,7 +143,7 @@ def list_folder(root: Path | None, split_by_number: bool = False) -> Folder:
     if len(parts) == 1:
         raise UserError(f"{printable(root)} has {there} but neither test/ nor val/; add one")
     left_out.folders += [f.name for f in folders if f not in parts.values()]
-    found = {part: _images_by_class(folder, left_out) for part, folder in parts.items()}
+    found = {part: images_by_class(folder, left_out) for part, folder in parts.items()}
     classes = _class_names(parts["train"], found["train"])
     listings = {}
     for part, by_class in found.items():
@@ -164,7 +164,7 @@ def list_folder(root: Path | None, split_by_number: bool = False) -> Folder:
 def _set_apart(root: Path, by_number: bool) -> Folder:
     """A folder that has only classes."""
     left_out = LeftOut()
-    by_class = _images_by_class(root, left_out)
+    by_class = images_by_class(root, left_out)
     classes = _class_names(root, by_class)
     everything = _mixed(by_class, classes)
     if by_number:
@@ -230,20 +230,20 @@ def _mixed(by_class: ByClass, classes: list[str]) -> Listing:
 # ------------------------------------------------------------------------------- reading folders
 
 
-def _images_by_class(folder: Path, left_out: LeftOut) -> ByClass:
+def images_by_class(folder: Path, left_out: LeftOut) -> ByClass:
     """For each folder in `folder` that has images, at any depth, those; sorted."""
     by_class = {}
     folders, beside = _entries(folder, left_out)
     left_out.files.update(_suffix(file) for file in beside)
     for of_class in folders:
-        if images := _images(of_class, left_out):
+        if images := images_below(of_class, left_out):
             by_class[of_class.name] = images
         else:
             left_out.folders.append(of_class.name)
     return by_class
 
 
-def _images(folder: Path, left_out: LeftOut) -> list[tuple[Path, str]]:
+def images_below(folder: Path, left_out: LeftOut) -> list[tuple[Path, str]]:
     """The images at any depth below `folder`, with their paths relative to it, sorted by these.
 
     Links are followed, each folder is read once: under its own name where it has one here.

@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from bnexp.data.folder import LeftOut, images_below, images_by_class
 from bnexp.data.images import SUFFIXES, read_image
 from bnexp.data.sampling import generator
 from bnexp.errors import UserError
 from bnexp.importing import call, import_object, is_object_name
+from bnexp.printable import printable
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -82,23 +84,22 @@ def transform_of(name: str) -> tuple[Transform, str]:
 
 class ImageFolder(Dataset):
     """`root/<class>/...` (labels are the classes' places in `classes`), or, with `classes=None`,
-    all images below `root`, whose labels are -1. (image, label), in a fixed, mixed order."""
+    all images below `root`, whose labels are -1. (image, label), in a fixed, mixed order. Files are
+    found and read as those of a run: see docs/data.md."""
 
     def __init__(self, root: Path, classes: tuple[str, ...] | None, transform: Transform) -> None:
-        labels = {root: -1}
-        if classes is not None:
-            names = _class_folders(root)
-            if unknown := sorted(set(names) - set(classes)):
-                raise UserError(f"{root / unknown[0]} is a class that the others don't have")
-            labels = {root / name: classes.index(name) for name in names}
-        found = [
-            (path, label)
-            for folder, label in labels.items()
-            for path in sorted(folder.rglob("*"))
-            if _is_image(path)
-        ]
+        if classes is None:
+            found = [(path, -1) for path, _ in images_below(root, LeftOut())]
+        else:
+            found = []
+            for name, images in sorted(images_by_class(root, LeftOut()).items()):
+                if printable(name) not in classes:
+                    raise UserError(
+                        f"{printable(root / name)} is a class that the others don't have"
+                    )
+                found += [(path, classes.index(printable(name))) for path, _ in images]
         if not found:
-            raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))})")
+            raise UserError(f"{printable(root)} has no images ({', '.join(sorted(SUFFIXES))})")
         order = generator(0, "folder order").permutation(len(found))
         self.items = [found[i] for i in order]
         self.transform = transform
@@ -125,7 +126,7 @@ def classes_of(source: str) -> tuple[str, ...] | None:
     root = Path(source).expanduser()
     if is_object_name(source) or not root.is_dir():
         return None
-    return tuple(_class_folders(root)) or None
+    return tuple(map(printable, sorted(images_by_class(root, LeftOut())))) or None
 
 
 def open_batches(
@@ -199,11 +200,3 @@ def _own(source: str, arguments: dict[str, Any], batch_size: int, workers: int) 
         tuple(map(str, named)) if isinstance(named, list | tuple) else None,
         f"the batches of {source}",
     )
-
-
-def _class_folders(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()

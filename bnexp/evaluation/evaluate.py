@@ -109,12 +109,15 @@ def compare_evaluation(
     made: Mapping[str, str],
     *,
     layer_cost_samples: int = 2000,
+    layer_cost_layers: int = 20,
 ) -> Comparison:
     """The paired comparison with the first condition as baseline, and how single layers differ.
 
     Every other statistics of the baseline's weights, which `subject.model` has, get their drift by
-    layer; the recomputed ones also what exchanging one layer's statistics alone does on so many
-    test samples. `made` as in `bnexp.condition.label`.
+    layer. For recomputed ones also: what mending one layer alone does, and what spoiling one layer
+    alone does where all others are mended, on `layer_cost_samples` test samples. That takes two
+    passes over these per layer, and is done for the `layer_cost_layers` layers that are furthest
+    off. `made` as in `bnexp.condition.label`.
     """
     baseline, *others = evaluation.predictions
     reference = evaluation.statistics[baseline]
@@ -124,12 +127,15 @@ def compare_evaluation(
         statistics = evaluation.statistics[condition]
         if reference is None or statistics is None or condition.weights != baseline.weights:
             continue
-        mended = {}
+        drift = layer_drift(reference, statistics, eps)
+        mended, spoiled = {}, {}
         if condition.is_recomputed:
+            tried = [row.name for row in drift[:layer_cost_layers]]
             test = partial(subject.test, layer_cost_samples)
-            mended = layer_costs(subject.model, test, reference, statistics)
+            mended = layer_costs(subject.model, test, reference, statistics, tried)
+            spoiled = layer_costs(subject.model, test, statistics, reference, tried)
         layers[condition] = [
-            LayerRow(**asdict(row), mended=mended.get(row.name))
-            for row in layer_drift(reference, statistics, eps)
+            LayerRow(**asdict(row), mended=mended.get(row.name), spoiled=spoiled.get(row.name))
+            for row in drift
         ]
     return compare(evaluation.predictions, baseline, subject.classes, made=made, layers=layers)

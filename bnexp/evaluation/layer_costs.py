@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -16,21 +16,23 @@ from bnexp.statistics import Statistics
 def layer_costs(
     model: nn.Module,
     make_batches: Callable[[], Batches],
-    baseline: Statistics,
+    statistics: Statistics,
     other: Statistics,
+    names: Sequence[str],
 ) -> dict[str, LayerCost]:
-    """Swap one layer's statistics of `baseline` for `other`'s at a time: a pass per layer, and one.
+    """Swap the statistics of one of the named layers for `other`'s at a time: a pass each, and one.
 
-    By name, in the layers' order. The differences need not add up to that of exchanging all layers
-    at once: each layer's statistics in `other` were made for inputs that the layers below had
-    normalized with theirs. Limit `make_batches` to some thousand samples where passes are dear.
+    What it costs by name, against `statistics` in all layers. The differences need not add
+    up to that of exchanging all layers at once: each layer's statistics were made for inputs that
+    the layers below had normalized with theirs. Limit `make_batches` to some
+    thousand samples where passes are dear.
     """
-    kinds: dict[str, Statistics | None] = {"": baseline}
-    for name in baseline.mean:
+    kinds: dict[str, Statistics | None] = {"": statistics}
+    for name in names:
         kinds[name] = replace(
-            baseline,
-            mean={**baseline.mean, name: other.mean[name]},
-            var={**baseline.var, name: other.var[name]},
+            statistics,
+            mean={**statistics.mean, name: other.mean[name]},
+            var={**statistics.var, name: other.var[name]},
         )
     predictions = predict_under(model, make_batches, kinds)
     reference = predictions.pop("")

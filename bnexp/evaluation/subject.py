@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
-Method = Literal["exact", "pooled", "batch-mean"]
+from bnexp.statistics.methods import Method
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 

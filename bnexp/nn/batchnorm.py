@@ -7,12 +7,14 @@ Untouched, a layer does exactly what its parent class does. Beyond that, in trai
 * `normalization_batch` makes it normalize over consecutive sub-batches (ghost batches);
 * `frozen` makes it normalize with its running buffers, as in inference, and update nothing.
 
-The last two are set on whole models by `bnexp.nn.modes`.
+The last two are set on whole models by `bnexp.nn.modes`. `followed_class` does all this for
+subclasses of `torch.nn`'s layers, of which only what `F.batch_norm` computes is then another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bnexp.errors import UserError
-from bnexp.torch_internals import BatchNormBase, in_backward
+from bnexp.nn.calls import AnsweredCalls, BatchNormCall
+from bnexp.torch_internals import BatchNormBase, in_backward, in_transform
 
 
 class MomentsSlot:
@@ -29,12 +32,15 @@ class MomentsSlot:
     `mean`, `var`: (C,) in the dtype of the running buffers; the mean and the unbiased variance of
     the last mini-batch. `values`: how many values per channel it had. `filled`: there are
     moments the tracker has not taken yet. `busy`: `feed` must be called before the layer may
-    write here again. `moved`: the layer's buffers may be other tensors now.
+    write here again. `moved`: the layer's buffers may be other tensors now. `unused`: for now the
+    layer averages into its buffers by itself, as its parent class does.
     """
 
-    __slots__ = ("busy", "feed", "filled", "mean", "moved", "values", "var")
+    __slots__ = ("busy", "feed", "filled", "mean", "moved", "unused", "values", "var")
 
-    def __init__(self, feed: Callable[[], None], mean: Tensor, var: Tensor) -> None:
+    def __init__(
+        self, feed: Callable[[], None], mean: Tensor, var: Tensor, unused: bool = False
+    ) -> None:
         self.feed = feed
         self.mean = mean
         self.var = var
@@ -42,6 +48,7 @@ class MomentsSlot:
         self.filled = False
         self.busy = False
         self.moved = False
+        self.unused = unused
 
 
 class TrackedBatchNorm(BatchNormBase):
@@ -54,48 +61,56 @@ class TrackedBatchNorm(BatchNormBase):
         if isinstance(input, fx.Proxy):  # a leaf of traced graphs, as torch.nn's layers are
             tracer = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-        slot = self.slot
-        if slot is None and self.normalization_batch is None and not self.frozen:
+        if self._does_as_its_parent():
             return super().forward(input)
-        if not self.training:
-            if slot is not None and slot.busy:
-                slot.feed()
-            return super().forward(input)
-
         self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        if not self.track_running_stats:
+            mean = var = None
+        call = BatchNormCall(input, mean, var, self.weight, self.bias, True, eps=self.eps)
+        return self._train(call)
+
+    def _does_as_its_parent(self) -> bool:
+        slot = self.slot
+        if slot is not None and not self.training and slot.busy:
+            slot.feed()
+        alone = slot is None or slot.unused
+        return not self.training or (alone and self.normalization_batch is None and not self.frozen)
+
+    def _train(self, call: BatchNormCall) -> Tensor:
+        """What `call` does in training mode, as it was set for this layer."""
         if self.frozen:
-            return F.batch_norm(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                False,
-                0.0,
-                self.eps,
-            )
-        if not self.track_running_stats or self.running_mean is None:
-            return self._normalize(input, None, None)
-        if slot is None:
-            return self._normalize_and_average(input)
+            mean, var = self.running_mean, self.running_var
+            return F.batch_norm(call.input, mean, var, call.weight, call.bias, False, 0.0, call.eps)
+        if call.running_mean is None:
+            return self._normalize(call, None, None)
+        slot = self.slot
+        if slot is None or slot.unused:
+            return self._normalize_and_average(call)
         if in_backward():
-            return self._normalize(input, slot.mean.clone(), slot.var.clone())
+            return self._normalize(call, slot.mean.clone(), slot.var.clone())
+        if in_transform(call.input):
+            raise UserError(
+                "a layer that a StatisticsTracker follows is called inside torch.vmap or another "
+                "transform of torch.func, where one input stands for many: close() it first"
+            )
         if slot.busy:
             slot.feed()
-            slot = self.slot  # a new one, if the layer has moved
-        output = self._normalize(input, slot.mean, slot.var)
-        values = input.numel() // self.num_features
+            slot = self.slot or slot  # a new one, if the layer has moved
+        output = self._normalize(call, slot.mean, slot.var)
+        values = call.input.numel() // self.num_features
         if values:  # torch computes no moments of an empty batch
             slot.values = values
             slot.filled = slot.busy = True
         return output
 
-    def _normalize(self, input: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    def _normalize(self, call: BatchNormCall, mean: Tensor | None, var: Tensor | None) -> Tensor:
         """Normalize with batch statistics; leave (the average over sub-batches of) the batch mean
         and the unbiased batch variance in `mean` and `var`, (C,) each, unless they are None."""
+        input, _, _, weight, bias, _, _, eps = call
         size = self.normalization_batch
         if size is None or input.shape[0] <= size:
-            return F.batch_norm(input, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+            return F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
         parts = input.split(size)
         if parts[-1].numel() == self.num_features:
             raise UserError(
@@ -106,24 +121,27 @@ class TrackedBatchNorm(BatchNormBase):
         # momentum 1, 1/2, 1/3, ... is the running average
         return torch.cat(
             [
-                F.batch_norm(part, mean, var, self.weight, self.bias, True, 1.0 / i, self.eps)
+                F.batch_norm(part, mean, var, weight, bias, True, 1.0 / i, eps)
                 for i, part in enumerate(parts, start=1)
             ]
         )
 
-    def _normalize_and_average(self, input: Tensor) -> Tensor:
+    def _normalize_and_average(self, call: BatchNormCall) -> Tensor:
         """Ghost batches without a tracker: one update of the running buffers per mini-batch."""
-        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        output = self._normalize(input, mean, var)
+        buffers = self.running_mean, self.running_var
+        batch = [None if buffer is None else torch.zeros_like(buffer) for buffer in buffers]
+        output = self._normalize(call, *batch)
         with torch.no_grad():
-            new_weight: float | Tensor = self.momentum
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                if self.momentum is None:
-                    new_weight = self.num_batches_tracked.to(mean.dtype).reciprocal()
-            if new_weight is not None:
-                self.running_mean.lerp_(mean, new_weight)
-                self.running_var.lerp_(var, new_weight)
+            counter, momentum = self.num_batches_tracked, self.momentum
+            if counter is not None:
+                counter.add_(1)
+            for buffer, value in zip(buffers, batch, strict=True):
+                if buffer is None or value is None:
+                    continue
+                if momentum is not None:
+                    buffer.lerp_(value, momentum)
+                elif counter is not None:
+                    buffer.lerp_(value, counter.to(value.dtype).reciprocal())
         return output
 
     def flush(self) -> None:
@@ -131,10 +149,28 @@ class TrackedBatchNorm(BatchNormBase):
         if self.slot is not None and self.slot.busy:
             self.slot.feed()
 
+    def reset_running_stats(self) -> None:
+        self.flush()
+        super().reset_running_stats()
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "momentum" and self.slot is not None:
+            self._set_aside(value is None)
         super().__setattr__(name, value)
         if name in self._buffers and self.slot is not None:
             self.slot.busy = self.slot.moved = True
+
+    def _set_aside(self, aside: bool) -> None:
+        """Momentum None asks for the plain average of what comes now (`update_bn` does, and puts
+        back what was there): meanwhile the layer averages by itself, into its buffers."""
+        if aside and self.momentum is None:
+            raise UserError(
+                "momentum=None is set anew for a layer that has it already, while a "
+                "StatisticsTracker follows it: close() the tracker before update_bn and the like"
+            )
+        self.flush()
+        if self.slot is not None:
+            self.slot.unused = aside
 
     def _apply(self, fn: Any, recurse: bool = True) -> TrackedBatchNorm:
         super()._apply(fn, recurse)
@@ -164,6 +200,23 @@ class TrackedBatchNorm(BatchNormBase):
         }
         return state
 
+    def __prepare_scriptable__(self) -> TrackedBatchNorm:
+        """`torch.jit.script` turns the layer back into its parent class, which it can compile."""
+        plain = plain_class(self)
+        if (
+            plain is None
+            or self.slot is not None
+            or self.frozen
+            or self.normalization_batch is not None
+        ):
+            raise UserError(
+                f"TorchScript cannot compile a {type(self).__name__} that is tracked, frozen, has "
+                "ghost batches or is a subclass of bnexp's layers: close() the StatisticsTracker, "
+                "or call bnexp.nn.restore_batchnorm(model) first"
+            )
+        turn_into(self, plain)
+        return self
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.normalization_batch is not None:
@@ -181,29 +234,107 @@ _DOC = """`torch.nn.{parent}`: the same constructor, parameters, buffers, `state
 
 class BatchNorm1d(TrackedBatchNorm, nn.BatchNorm1d):
     __doc__ = _DOC.format(parent="BatchNorm1d", shape="(N, C) or (N, C, L)")
+    plain_class = nn.BatchNorm1d
 
 
 class BatchNorm2d(TrackedBatchNorm, nn.BatchNorm2d):
     __doc__ = _DOC.format(parent="BatchNorm2d", shape="(N, C, H, W)")
+    plain_class = nn.BatchNorm2d
 
 
 class BatchNorm3d(TrackedBatchNorm, nn.BatchNorm3d):
     __doc__ = _DOC.format(parent="BatchNorm3d", shape="(N, C, D, H, W)")
+    plain_class = nn.BatchNorm3d
+
+
+class FollowedBatchNorm(TrackedBatchNorm):
+    """In front of a subclass of `torch.nn`'s layers, whose own `forward` stays what it is: only
+    its calls of `F.batch_norm` are answered, in training mode and where something is set."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = super(TrackedBatchNorm, self).forward
+        if self._does_as_its_parent():
+            return own(*args, **kwargs)
+        self.flush()
+        counter = self.num_batches_tracked
+        # Whether a mini-batch counts is not the subclass's to say: it counts in a tensor of no use.
+        lent = None if counter is None else torch.zeros((), dtype=torch.int64)
+
+        def answer(call: BatchNormCall) -> Tensor:
+            if not call.training:
+                return F.batch_norm(*call)
+            with self._counting_in(counter):
+                return self._train(call)
+
+        with self._counting_in(lent), AnsweredCalls(type(self).__name__, self, answer) as calls:
+            result = own(*args, **kwargs)
+        calls.check()
+        return result
+
+    @contextlib.contextmanager
+    def _counting_in(self, counter: Tensor | None) -> Iterator[None]:
+        before = self._buffers["num_batches_tracked"]
+        self._buffers["num_batches_tracked"] = counter
+        try:
+            yield
+        finally:
+            self._buffers["num_batches_tracked"] = before
+
+
+def turn_into(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Give the layer another class; it stays the same object with the same tensors."""
+    layer.__class__ = cls
+
+
+def followed_class(plain: type[BatchNormBase]) -> type[TrackedBatchNorm]:
+    """The class made from `plain`, of the same name, whose layers can be tracked, frozen and so on.
+
+    plain: a subclass of `torch.nn`'s layers.
+    """
+    if plain in _MADE:
+        return _MADE[plain]
+    members = {
+        "plain_class": plain,
+        "__module__": plain.__module__,
+        "__doc__": plain.__doc__,
+        # A pickle can't name a class that was made here: it names the one it was made from.
+        "__reduce_ex__": lambda layer, protocol: (_new, (plain,), layer.__getstate__()),
+    }
+    own_forward = plain.forward is not BatchNormBase.forward
+    base = FollowedBatchNorm if own_forward else TrackedBatchNorm
+    _MADE[plain] = type(plain.__name__, (base, plain), members)
+    return _MADE[plain]
+
+
+_MADE: dict[type[BatchNormBase], type[TrackedBatchNorm]] = {}
+
+
+def _new(plain: type[BatchNormBase]) -> TrackedBatchNorm:
+    made = followed_class(plain)
+    return made.__new__(made)
+
+
+def plain_class(layer: nn.Module) -> type[nn.Module] | None:
+    """What `layer` was before its class became one of ours; None for what was not converted."""
+    return vars(type(layer)).get("plain_class") if isinstance(layer, BatchNormBase) else None
 
 
 class LazyBatchNorm1d(nn.LazyBatchNorm1d):
     """`torch.nn.LazyBatchNorm1d` that turns into bnexp's `BatchNorm1d`."""
 
     cls_to_become = BatchNorm1d
+    plain_class = nn.LazyBatchNorm1d
 
 
 class LazyBatchNorm2d(nn.LazyBatchNorm2d):
     """`torch.nn.LazyBatchNorm2d` that turns into bnexp's `BatchNorm2d`."""
 
     cls_to_become = BatchNorm2d
+    plain_class = nn.LazyBatchNorm2d
 
 
 class LazyBatchNorm3d(nn.LazyBatchNorm3d):
     """`torch.nn.LazyBatchNorm3d` that turns into bnexp's `BatchNorm3d`."""
 
     cls_to_become = BatchNorm3d
+    plain_class = nn.LazyBatchNorm3d

@@ -53,6 +53,17 @@ def layer_eps(model: nn.Module) -> dict[str, float]:
     return {name: layer.eps for name, layer in all_batchnorms(model).items()}
 
 
+def refuse_replicas(model: nn.Module) -> None:
+    """Raise UserError where `nn.DataParallel` would run copies of BN layers side by side."""
+    for name, module in original_module(model).named_modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise UserError(
+                f"{repr(name) if name else 'the model'} is a DataParallel on "
+                f"{len(module.device_ids)} devices, whose copies of a BN layer see parts of a "
+                "batch each: use the module inside, `.module`"
+            )
+
+
 def is_plain(layer: BatchNormBase) -> bool:
     """Whether the layer is batch normalization and nothing else, without a `forward` of its own."""
     return type(layer).forward in _PLAIN_FORWARDS and "forward" not in vars(layer)

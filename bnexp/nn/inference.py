@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnexp.torch_internals import BatchNormBase
+from bnexp.torch_internals import version as version_of
 
 
 @contextlib.contextmanager
@@ -83,15 +85,15 @@ class ModelState:
         for name, module in model.named_modules():
             of = f"{type(module).__name__} {name!r}" if name else "the model"
             attributes = vars(module)
-            keys = [*attributes]
-            if isinstance(module, _BatchNorm):
-                keys = [key for key in keys if key in _OF_ALL_MODULES and key != "_buffers"]
+            keys = None
+            if isinstance(module, BatchNormBase):
+                keys = [key for key in attributes if key in _OF_ALL_MODULES and key != "_buffers"]
             self._held[id(attributes)] = _Held(attributes, f"of {of}", keys)
-            for key in keys:
+            for key in attributes if keys is None else keys:
                 self._hold(attributes[key], f"in {key!r} of {of}")
             for key, tensor in module._parameters.items():
                 self._watch(tensor, f"values of {key!r} of {of}", copy=False)
-            for key, tensor in module._buffers.items() if "_buffers" in keys else ():
+            for key, tensor in module._buffers.items() if keys is None else ():
                 self._watch(tensor, f"values of {key!r} of {of}", copy=True)
 
     def _hold(self, value: Any, where: str, depth: int = 2) -> None:
@@ -105,7 +107,7 @@ class ModelState:
     def _watch(self, tensor: Tensor | None, where: str, copy: bool) -> None:
         if tensor is not None and not tensor.is_inference():
             value = tensor.clone() if copy else None
-            self._tensors.append((where, tensor, tensor._version, value))
+            self._tensors.append((where, tensor, version_of(tensor), value))
 
     def change(self) -> str | None:
         """The first difference found from the time this was made; None where there is none."""
@@ -113,7 +115,7 @@ class ModelState:
             if (key := held.difference()) is not None:
                 return f"{key} {held.where}"
         for where, tensor, version, _ in self._tensors:
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 return where
         return None
 
@@ -121,7 +123,7 @@ class ModelState:
         for held in self._held.values():
             held.restore()
         for _, tensor, version, value in self._tensors:
-            if value is not None and tensor._version != version:
+            if value is not None and version_of(tensor) != version:
                 tensor.copy_(value)
 
 

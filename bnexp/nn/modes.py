@@ -8,8 +8,7 @@ from torch import nn
 
 from bnexp.errors import UserError
 from bnexp.nn.batchnorm import TrackedBatchNorm
-from bnexp.nn.convert import convert_batchnorm, unsupported_layers
-from bnexp.nn.find import all_batchnorms
+from bnexp.nn.convert import followed_layers
 from bnexp.torch_internals import is_lazy
 
 if TYPE_CHECKING:
@@ -32,16 +31,18 @@ def set_normalization_batch(model: Model, size: int | None) -> Model:
     stored on average. All parts weigh the same. `Pooled` then has the variance between
     mini-batches in it, but not the variance between the parts of one.
 
-    Mutates the layers of `model`, `torch.nn`'s being converted in place; returns `model`.
+    Mutates the layers of `model`, `torch.nn`'s and subclasses of these being converted in place;
+    returns `model`.
 
     Raises:
-        UserError: here, if `size` is not a positive integer or a layer is of a class that can't
-            be converted (nothing has changed then); in the forward pass, if a part leaves a
-            layer with a single value per channel.
+        UserError: here, if `size` is not a positive integer or a layer is a `SyncBatchNorm`
+            (nothing has changed then); in the forward pass, if a part leaves a layer with a
+            single value per channel, or a subclass with a forward of its own never calls
+            `F.batch_norm`.
     """
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise UserError(f"a normalization batch is a positive number of samples, not {size!r}")
-    for layer in _our_layers(model).values():
+    for layer in followed_layers(model).values():
         layer.normalization_batch = size
     return model
 
@@ -56,13 +57,14 @@ def freeze_batchnorm(model: Model, statistics: Statistics | None = None) -> Mode
     does not unfreeze; `unfreeze_batchnorm` does. Layers that keep no running statistics are
     refused.
 
-    Mutates the layers of `model`, `torch.nn`'s being converted in place; returns `model`.
+    Mutates the layers of `model`, `torch.nn`'s and subclasses of these being converted in place;
+    returns `model`.
 
     Raises:
-        UserError: if a layer keeps no running statistics or can't be converted, or if
+        UserError: if a layer keeps no running statistics or is a `SyncBatchNorm`, or if
             `statistics` are not of this model. No layer has been frozen then.
     """
-    layers = _our_layers(model)
+    layers = followed_layers(model)
     for name, layer in layers.items():
         if layer.running_mean is None or is_lazy(layer.running_mean):
             raise UserError(
@@ -82,13 +84,3 @@ def unfreeze_batchnorm(model: Model) -> Model:
         if isinstance(layer, TrackedBatchNorm):
             layer.frozen = False
     return model
-
-
-def _our_layers(model: nn.Module) -> dict[str, TrackedBatchNorm]:
-    for name, layer in unsupported_layers(model).items():
-        raise UserError(
-            f"layer {name!r} is a {type(layer).__name__}, a class of its own that bnexp cannot "
-            "set up; use torch.nn.BatchNorm1d/2d/3d or subclass bnexp's layers"
-        )
-    convert_batchnorm(model)
-    return all_batchnorms(model)

@@ -7,16 +7,21 @@ import platform
 import shlex
 import subprocess
 import sys
+import uuid
 from importlib import metadata
+from typing import Any
 
 
-def describe_environment(seed: int, device: str) -> dict:
-    """The content of a new run's environment.json."""
+def describe_environment(seed: int, device: str, threads: int) -> dict[str, Any]:
+    """The content of a new run's environment.json. `threads` are torch's on a CPU, which decide
+    the last digits of its sums; `id` tells the run's checkpoints from those of others."""
     return {
+        "id": uuid.uuid4().hex,
         "created": _now(),
         "command": _command(),
         "seed": seed,
         "device": device,
+        "threads": threads,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -28,9 +33,15 @@ def describe_environment(seed: int, device: str) -> dict:
     }
 
 
-def describe_resume(step: int, changes: dict) -> dict:
+def describe_resume(step: int, threads: int, changes: dict[str, Any]) -> dict[str, Any]:
     """An entry of `resumes` in environment.json: when, from which step, with what changed."""
-    return {"time": _now(), "step": step, "command": _command(), "changes": changes}
+    return {
+        "time": _now(),
+        "step": step,
+        "command": _command(),
+        "threads": threads,
+        "changes": changes,
+    }
 
 
 def _now() -> str:

@@ -2,7 +2,8 @@
 
 runs/<name>-<number>/
     config.yaml        resolved and retrainable
-    environment.json   versions, device, seed, git commit, command, resumes
+    environment.json   versions, device, seed, threads, git commit, command, resumes
+    data.json          what tells the data from others
     state.json         running, finished, interrupted or failed, and at which step
     steps.csv          one row per step
     evals.csv          one row per evaluation
@@ -23,7 +24,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,14 @@ class Run:
         if not isinstance(environment.get("resumes", []), list):
             raise UserError(f"{path} is damaged: resumes is no list")
         return environment
+
+    @property
+    def id(self) -> str | None:
+        """What tells the run's checkpoints from those of others; None in older records."""
+        with contextlib.suppress(UserError):
+            found = self.environment.get("id")
+            return found if isinstance(found, str) else None
+        return None
 
     @property
     def state(self) -> dict[str, Any]:
@@ -267,12 +276,12 @@ _EVAL_TYPES: dict[str, Callable[[str], Any]] = {
 def create_run(
     name: str,
     config_yaml: str,
-    environment: dict[str, Any],
+    files: Mapping[str, dict[str, Any]],
     runs: Path = RUNS,
     folder: Path | None = None,
 ) -> Run:
-    """Make a run with this config, whole or not at all: `folder`, or the next free
-    `<runs>/<name>-<number>/`.
+    """Make a run with this config and these JSON files, whole or not at all: `folder`, or the
+    next free `<runs>/<name>-<number>/`.
 
     The folder is filled under a temporary name and then renamed; a rename onto a folder that
     another process made in the meantime fails, and the next number is tried. UserError if
@@ -289,7 +298,8 @@ def create_run(
         staging.chmod(0o755)
         (staging / "checkpoints").mkdir()
         write_atomically(staging / "config.yaml", config_yaml)
-        write_atomically(staging / "environment.json", _to_json(environment))
+        for filename, content in files.items():
+            write_atomically(staging / filename, _to_json(content))
         CsvLog(staging / "steps.csv", STEP_COLUMNS).close()
         CsvLog(staging / "evals.csv", EVAL_COLUMNS).close()
         for target in _free_folders(name, runs) if folder is None else [folder]:

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -22,18 +22,25 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes | None:
     can't be read, or where it has more than `limit` bytes.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open_ordinary(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if limit is not None and size > limit:
+                raise UserError(f"{path} is damaged: it has {size:,} bytes")
+            return file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
-    with open(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is damaged: it is no ordinary file")
-        if limit is not None and found.st_size > limit:
-            raise UserError(f"{path} is damaged: it has {found.st_size:,} bytes")
-        return file.read()
+
+
+def open_ordinary(path: Path) -> BinaryIO:
+    """Open the file at `path` to read it. OSError as `open`; UserError, at once, where it is a
+    folder, a pipe or a device."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path} is damaged: it is no ordinary file")
+    return open(handle, "rb")
 
 
 def read_text(path: Path) -> str | None:
@@ -97,7 +104,7 @@ def read_yaml(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = yaml.load(text, _PlainLoader)
-        yaml.safe_dump(value, allow_unicode=True).encode()  # lone surrogates
+        json.dumps(value, ensure_ascii=False, default=str).encode()  # lone surrogates
     except _UNREADABLE as error:  # PyYAML lets many kinds through
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged: {reason[:200]}") from None

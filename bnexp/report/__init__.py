@@ -10,8 +10,7 @@ if TYPE_CHECKING:
 
 def write_results_png(run: Run) -> None:
     """Write the dashboard results.png into the run's folder, atomically."""
-    from bnexp.atomic import write_atomically
     from bnexp.report.figures import results_png
     from bnexp.report.run_data import RunData
 
-    write_atomically(run.path / "results.png", results_png(RunData.read(run)))
+    run.write("results.png", results_png(RunData.read(run)))

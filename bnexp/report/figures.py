@@ -6,20 +6,19 @@ the figure shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bnexp.analysis.words import count, percent, signed
+from bnexp.analysis.words import capital, count, percent, points, signed
+from bnexp.condition import Condition, statistics_label
 from bnexp.report.curves import envelope, thin
 from bnexp.report.drawing import (
     COLOUR,
-    CYCLE,
-    DASHES,
+    LOOKS,
+    Look,
     Panel,
     Plot,
     Table,
@@ -27,11 +26,27 @@ from bnexp.report.drawing import (
     end_of,
     save,
 )
-from bnexp.report.run_data import RunData, compared_kind, is_recomputed
+from bnexp.report.layers import layer_costs, layer_drift
+from bnexp.report.mpl import Axes, FuncFormatter, LogLocator, NullLocator
+from bnexp.report.parts import (
+    TABLE_BINS,
+    accuracy_limits,
+    bins_for,
+    draw_band,
+    draw_interval,
+    draw_line,
+    step_axis,
+    value_at,
+    value_axis,
+    write_value,
+)
+from bnexp.report.run_data import RunData
+from bnexp.report.several import by_test_set, config_differences
 
-TABLE_BINS = 60
-MAX_LAYERS = 30
-MAIN_KINDS = ("running", "recomputed", "batch")
+MAIN = ("running", "recomputed", "batch")
+# A plot of accuracies shows those within so much of the best; what is further off is written.
+SHOWN = 0.25
+SHOWN_ROWS = 14  # in a panel of the dashboard
 
 
 def run_plots(run: RunData) -> list[Plot]:
@@ -42,6 +57,7 @@ def run_plots(run: RunData) -> list[Plot]:
         estimators,
         final_comparison,
         layer_drift,
+        layer_costs,
         loss_and_rate,
     )
     return [plot for make in makers if (plot := make(run)) is not None]
@@ -65,6 +81,7 @@ def results_png(run: RunData) -> bytes:
         ("statistics", 1),
         ("rate", 0),
         ("rate", 1),
+        ("costs", 1),
         ("layers", 0),
         ("comparison", 1),
         ("accuracy", 1),
@@ -74,8 +91,8 @@ def results_png(run: RunData) -> bytes:
         for key, i in wanted
         if key in plots and len(plots[key].panels) > i
     ]
-    title = f"{run.name}: {run.config['model']['name']} on {run.config['data']['name']}"
-    subtitle = run.comparison["verdict"] if run.comparison else _state(run)
+    title = f"{run.name}: {run.setup.model} on {run.setup.data}"
+    subtitle = run.comparison.verdict.text if run.comparison else unfinished(run)
     return dashboard_png(panels[:6], title, subtitle)
 
 
@@ -87,27 +104,30 @@ def training_accuracy(run: RunData) -> Plot | None:
     steps, batch, ema = (run.steps[k] for k in ("step", "accuracy", "ema_accuracy"))
     if len(steps) == 0:
         return None
-    baseline = run.baseline
+    baseline, recomputed = run.baseline, run.recomputed
     train_steps, train = run.curve("train", baseline)
     test_steps, test = run.curve("test", baseline)
     val_steps, val = run.curve("val", baseline)
-    distance = _at(train_steps, steps, ema) - train
+    mended_steps, mended = run.curve("test", recomputed) if recomputed else (steps[:0], steps[:0])
+    distance = value_at(train_steps, steps, ema) - train
 
     def draw(axes: Axes, narrow: bool) -> None:
-        _band(axes, steps, 100 * batch, COLOUR["purple"], "mini-batches", narrow)
-        x, y = thin(steps, 100 * ema, _bins(narrow))
+        draw_band(axes, steps, 100 * batch, COLOUR["purple"], "mini-batches", narrow)
+        x, y = thin(steps, 100 * ema, bins_for(narrow))
         axes.plot(x, y, color=COLOUR["purple"], label="EMA of training", zorder=3)
-        points = [
-            (train_steps, train, "whole training set", "green", "o"),
-            (val_steps, val, "validation", "gold", "D"),
-            (test_steps, test, "test", "blue", "s"),
+        curves = [
+            (train_steps, train, "whole training set", Look("green", (0, (6, 1.5, 1.3, 1.5)), "^")),
+            (val_steps, val, "validation", Look("gold", (0, (10, 3)), "D")),
+            (test_steps, test, f"test, {baseline}", _looks([baseline])[baseline]),
         ]
-        for x, y, label, colour, marker in points:
-            if len(x):
-                _line(axes, x, 100 * y, colour, label, marker)
-        low, _ = _accuracy_limits([(steps, ema), *(p[:2] for p in points)])
+        if recomputed:
+            look = _looks([recomputed])[recomputed]
+            curves.append((mended_steps, mended, f"test, {recomputed}", look))
+        for x, y, label, look in curves:
+            draw_line(axes, x, 100 * y, look, label)
+        low, _ = accuracy_limits([(steps, ema), *((x, y) for x, y, _, _ in curves)])
         axes.set_ylim(low, 100)
-        _step_axis(axes, steps, narrow)
+        step_axis(axes, steps, narrow)
 
     def draw_distance(axes: Axes, narrow: bool) -> None:
         axes.axhline(0, color=COLOUR["muted"], linewidth=0.9)
@@ -115,14 +135,18 @@ def training_accuracy(run: RunData) -> Plot | None:
         axes.vlines(x, 0, y, color=COLOUR["purple"], linewidth=1)
         axes.plot(x, y, "o", color=COLOUR["purple"], markersize=3.5)
         axes.margins(y=0.15)
-        _step_axis(axes, steps, narrow)
+        step_axis(axes, steps, narrow)
 
-    decay = run.config["training"]["ema_accuracy_decay"]
+    decay = run.setup.ema_decay
     memory = count(round(1 / (1 - decay)))
     caption = (
         f"The EMA follows the accuracy of the mini-batches just trained on (decay {decay:g}, so it "
         f"remembers about {memory} steps), which are drawn faintly behind it"
-        + (". " if len(steps) <= 2 * _bins(True) else ": the band spans the best and the worst. ")
+        + (
+            ". "
+            if len(steps) <= 2 * bins_for(True)
+            else ": the band spans the best and the worst. "
+        )
     )
     panels = [Panel("Accuracy, %", draw, 2.7)]
     alt = f"Accuracy over {count(len(steps))} steps. The EMA training accuracy ends at " + percent(
@@ -132,10 +156,10 @@ def training_accuracy(run: RunData) -> Plot | None:
         panels.append(Panel("EMA less whole training set, points", draw_distance, 1.1))
         off = float(np.abs(distance).mean())
         caption += (
-            "It stands in for the accuracy on the whole training set in inference mode (green), "
+            "It stands in for the accuracy on the whole training set in inference mode, "
             "which is too dear to measure at every step. Look at the lower plot for how good a "
             f"stand-in it is: {_points(off)} off on average over {count(len(train))} "
-            f"measurements, {signed(distance[-1])} at the last one. It lags while the model "
+            f"measurements, {signed(distance[-1], 2)} at the last one. It lags while the model "
             "improves; it sees augmented images and each mini-batch's own statistics; and it knows "
             "only the images of its last steps. "
         )
@@ -149,8 +173,8 @@ def training_accuracy(run: RunData) -> Plot | None:
             "measure: set test.train_accuracy to see how good a stand-in it is. "
         )
     if len(test):
-        alt += f". Test accuracy ends at {percent(test[-1])}"
-        caption += "Its distance from the test accuracy is the generalization gap."
+        alt += f". Test accuracy ends at {percent(test[-1])} under {baseline} statistics"
+        caption += _distance_from_test(run, float(ema[-1]), int(steps[-1]))
     return Plot(
         key="accuracy",
         title="Is the moving average of training accuracy a good stand-in?",
@@ -161,102 +185,170 @@ def training_accuracy(run: RunData) -> Plot | None:
     )
 
 
+def _distance_from_test(run: RunData, ema: float, step: int) -> str:
+    """What lies between the EMA and the test accuracy, from the evaluations at the last step."""
+    last = {
+        row.condition: row.accuracy for row in run.evals if (row.split, row.step) == ("test", step)
+    }
+    found = [
+        f"{percent(last[c], 2)} with {statistics_label(c, run.made)}, {signed(last[c] - ema, 2)} "
+        "points from the EMA"
+        for c in dict.fromkeys((run.baseline, run.recomputed))
+        if c in last and c is not None
+    ]
+    return (f"At the end the test accuracy is {'; it is '.join(found)}. " if found else "") + (
+        "The distance from the test accuracy is not the generalization gap: the EMA is measured "
+        "with mini-batch statistics, with augmentation and with the weights of earlier steps. That "
+        "gap is the accuracy on the whole training set less the accuracy on the test set, both "
+        "with recomputed statistics."
+    )
+
+
 # ------------------------------------------------------------------------ statistics by step
 
 
 def test_accuracy(run: RunData) -> Plot | None:
     """Test accuracy by step under running, recomputed and mini-batch statistics."""
-    kinds = [kind for kind in run.kinds("test") if _main(kind)]
+    conditions = [c for c in run.trained if c.statistics in MAIN]
+    baseline, recomputed = run.baseline, run.recomputed
+    if baseline not in conditions:
+        return None
+    caption = (
+        "One model, tested at the same steps under each kind of statistics: only what its BN "
+        "layers normalize with differs, the weights are those that training had at that step. Look "
+        "for where the curves part: early in training and at high learning rates the weights move "
+        "faster than the averages can follow. "
+    )
+    if recomputed and (found := _shared(run, recomputed, baseline)):
+        steps, better, base = found
+        worst = int((better - base).argmax())
+        cost = float(better[worst] - base[worst])
+        names = [
+            capital(statistics_label(baseline, run.made)),
+            statistics_label(recomputed, run.made),
+        ]
+        caption += (
+            f"{names[0]} cost most at step {count(int(steps[worst]))}: {points(cost, 2)} points, "
+            f"{percent(base[worst], 2)} against {percent(better[worst], 2)} with {names[1]}."
+            if cost > 0
+            else f"At none of the {count(len(steps))} evaluations did {names[1]} do better than "
+            f"{names[0][0].lower()}{names[0][1:]}."
+        )
     return _by_step(
         run,
-        kinds,
-        key="statistics",
-        title="When do the running averages cost accuracy?",
-        caption=(
-            "One model, tested at the same steps under each kind of statistics: only what its BN "
-            "layers normalize with differs. Look for where the curves part: early in training and "
-            "at high learning rates the weights move faster than the averages can follow. "
-        ),
+        conditions,
+        baseline,
+        "statistics",
+        "When do the running averages cost accuracy?",
+        caption,
     )
 
 
 def estimators(run: RunData) -> Plot | None:
-    """Test accuracy by step under every online estimator."""
-    further = [k for k in run.kinds("test") if not _main(k) and "/" not in k and k != "none"]
-    if not further:
+    """Test accuracy by step under every online estimator, held against recomputed statistics."""
+    further = [c for c in run.trained if c.statistics not in (*MAIN, "none")]
+    online = [run.baseline, *(c for c in further if c != run.baseline)]
+    if len(online) < 2:
         return None
-    kinds = [k for k in run.kinds("test") if k == run.baseline or k in further]
-    recomputed = [k for k in run.kinds("test") if is_recomputed(k)][:1]
+    recomputed = run.recomputed
+    against = recomputed if recomputed and len(run.curve("test", recomputed)[0]) > 1 else None
+    caption = (
+        "All estimators watched the same training run, which does not depend on them. A short "
+        "memory follows quickly and is noisy; a long one is smooth and late. The best is the one "
+        "that stays closest to recomputed statistics. "
+    )
+    distances: dict[Condition, tuple[float, float, int]] = {}
+    for condition in online:
+        if recomputed and (found := _shared(run, condition, recomputed)):
+            steps, one, other = found
+            distances[condition] = (
+                float(np.abs(one - other).mean()),
+                float(one[-1] - other[-1]),
+                len(steps),
+            )
+    if distances:
+        order = sorted(distances, key=lambda c: distances[c][0])
+        (best, end, n), (worst, *_) = distances[order[0]], distances[order[-1]]
+        when = f"on average over {count(n)} evaluations" if n > 1 else "at the only evaluation"
+        caption += (
+            f"Here that was {order[0]}, {points(best, 2)} points away {when}, {signed(end, 2)} at "
+            f"the last; furthest was {order[-1]}, {points(worst, 2)} points away. This is one run: "
+            "where distances are small, the next may order them otherwise."
+        )
+    else:
+        caption += (
+            "This run was tested with no recomputed statistics: name them in test.statistics to "
+            "see which that was."
+        )
     return _by_step(
         run,
-        kinds + recomputed,
-        key="estimators",
-        title="Which moving average would have been better?",
-        caption=(
-            "All estimators watched the same training run, which does not depend on them. A short "
-            "memory follows quickly and is noisy; a long one is smooth and late. Look for the one "
-            "that stays closest to the recomputed statistics throughout. "
-        ),
+        online + ([recomputed] if recomputed else []),
+        against or run.baseline,
+        "estimators",
+        "Which moving average would have been better?",
+        caption,
     )
 
 
-def _by_step(run: RunData, kinds: list[str], key: str, title: str, caption: str) -> Plot | None:
-    base_steps, base = run.curve("test", run.baseline)
-    if len(base_steps) < 2 or len(kinds) < 2:
+def _shared(
+    run: RunData, first: Condition, second: Condition
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """The steps at which both were tested, and the accuracies of each; None if there are none."""
+    (x, a), (y, b) = run.curve("test", first), run.curve("test", second)
+    steps, i, j = np.intersect1d(x, y, return_indices=True)
+    return (steps, a[i], b[j]) if len(steps) else None
+
+
+def _by_step(
+    run: RunData,
+    conditions: list[Condition],
+    against: Condition,
+    key: str,
+    title: str,
+    caption: str,
+) -> Plot | None:
+    """Accuracies by step, and below their differences to those under `against`."""
+    curves = {c: run.curve("test", c) for c in conditions}
+    base_steps = run.curve("test", run.baseline)[0]
+    if len(base_steps) < 2 or len(curves) < 2:
         return None
-    curves = {kind: run.curve("test", kind) for kind in kinds}
-    styles = _styles(kinds)
-    differences = {}
-    for kind in kinds:
-        common, i, j = np.intersect1d(base_steps, curves[kind][0], return_indices=True)
-        if kind != run.baseline and len(common) > 1:
-            differences[kind] = (common, curves[kind][1][j] - base[i])
+    looks = _looks(conditions)
+    differences = {
+        c: (found[0], found[1] - found[2])
+        for c in conditions
+        if c != against and (found := _shared(run, c, against)) and len(found[0]) > 1
+    }
     last = max(base_steps.max(), run.steps["step"].max(initial=0))
 
     def draw(axes: Axes, narrow: bool) -> None:
-        for kind in kinds:
-            colour, dash, marker = styles[kind]
-            _line(axes, curves[kind][0], 100 * curves[kind][1], colour, _short(kind), marker, dash)
-        axes.set_ylim(*_accuracy_limits(list(curves.values())))
-        _step_axis(axes, [0, last], narrow)
+        for c, (x, y) in curves.items():
+            draw_line(axes, x, 100 * y, looks[c], str(c))
+        axes.set_ylim(*accuracy_limits(list(curves.values())))
+        step_axis(axes, [0, last], narrow)
 
     def draw_difference(axes: Axes, narrow: bool) -> None:
         axes.axhline(0, color=COLOUR["muted"], linewidth=0.9)
-        for kind, (x, y) in differences.items():
-            colour, dash, marker = styles[kind]
-            _line(axes, x, 100 * y, colour, None, marker, dash)
+        for c, (x, y) in differences.items():
+            draw_line(axes, x, 100 * y, looks[c], str(c))
         axes.margins(y=0.15)
-        _step_axis(axes, [0, last], narrow)
+        step_axis(axes, [0, last], narrow)
 
-    panels = [Panel("Test accuracy, %", draw, 2.4)]
-    alt = f"Test accuracy at {count(len(base_steps))} steps. "
-    for kind in kinds:
-        alt += f"{_short(kind)} ends at {percent(curves[kind][1][-1])}. "
+    panels = [Panel("Test accuracy of the trained weights, %", draw, 2.4)]
     if differences:
-        panels.append(Panel(f"Difference to {_short(run.baseline)}, points", draw_difference, 1.4))
-        furthest = max(differences, key=lambda kind: np.abs(differences[kind][1]).max())
-        x, y = differences[furthest]
-        worst = np.abs(y).argmax()
-        caption += (
-            f"Here {_label(run, furthest)} are furthest from the {_short(run.baseline)} ones, at "
-            f"step {count(int(x[worst]))}: {signed(y[worst])} points."
-        )
-    rows = []
-    for i, step in enumerate(base_steps):
-        row = [count(int(step)), percent(base[i], 2)]
-        for kind in kinds:
-            if kind != run.baseline:
-                at = np.flatnonzero(curves[kind][0] == step)
-                row.append(percent(curves[kind][1][at[0]], 2) if len(at) else "")
-        rows.append(row)
-    columns = ["step", run.baseline, *(k for k in kinds if k != run.baseline)]
+        panels.append(Panel(f"Difference to {against}, points", draw_difference, 1.4))
+    ends = [f"{c} ends at {percent(y[-1], 2)}" for c, (_, y) in curves.items() if len(y)]
+    at = {c: dict(zip(*curve, strict=True)) for c, curve in curves.items()}
+    rows = [
+        [count(int(step)), *(percent(at[c][step], 2) if step in at[c] else "" for c in conditions)]
+        for step in base_steps
+    ]
     return Plot(
         key=key,
         title=title,
         caption=caption.strip(),
-        alt=alt.strip(),
+        alt=f"Test accuracy at {count(len(base_steps))} steps. {'. '.join(ends)}.",
         panels=tuple(panels),
-        tables=(Table("Test accuracy", columns, _at_most(rows)),),
+        tables=(Table("Test accuracy", ["step", *map(str, conditions)], _at_most(rows)),),
     )
 
 
@@ -264,141 +356,55 @@ def _by_step(run: RunData, kinds: list[str], key: str, title: str, caption: str)
 
 
 def final_comparison(run: RunData) -> Plot | None:
-    """Accuracy of every kind with its interval, and the paired difference to the baseline."""
-    if not run.comparison or len(run.comparison["kinds"]) < 2:
+    """Accuracies with their intervals, and the paired differences to the baseline."""
+    comparison = run.comparison
+    if not comparison or not comparison.others:
         return None
-    found, chance = run.comparison["kinds"], run.comparison["chance"]
-    styles = _styles([kind["name"] for kind in found])
-    colours = [styles[kind["name"]][0] for kind in found]
-    at_chance = [kind["accuracy_interval"][0] <= chance for kind in found]
-    at_chance = [flag and not all(at_chance) for flag in at_chance]
-    accuracies = [(kind["accuracy"], kind["accuracy_interval"]) for kind in found]
-    paired = [kind["versus_baseline"] for kind in found]
-    differences = [p and (p["difference"], p["difference_interval"]) for p in paired]
+    results = comparison.results
+    best = max(result.accuracy for result in results)
+    far = [best - result.accuracy > SHOWN for result in results]
+    base = str(comparison.baseline)
 
-    def draw(values: list, text: Callable[[float], str]) -> Callable[[Axes, bool], None]:
-        def draw(axes: Axes, narrow: bool) -> None:
-            for i, value in enumerate(values):
-                if value and at_chance[i]:
-                    note = f"{text(value[0])}, at chance"
-                    where = axes.get_yaxis_transform()
-                    axes.text(0.02, i, note, va="center", size=8, transform=where)
-                elif value:
-                    _interval(axes, i, *value, colours[i])
-            if values is differences:
-                axes.axvline(0, color=COLOUR["muted"], linewidth=0.9)
-            _value_axis(axes, narrow)
+    def draw_accuracy(axes: Axes, narrow: bool) -> None:
+        for i, result in enumerate(results):
+            if far[i]:
+                write_value(axes, i, percent(result.accuracy, 2))
+            else:
+                draw_interval(axes, i, result.accuracy, result.accuracy_interval, "blue")
+        value_axis(axes, narrow)
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, 0), min(high, 100.5))
 
-        return draw
+    def draw_difference(axes: Axes, narrow: bool) -> None:
+        axes.axvline(0, color=COLOUR["muted"], linewidth=0.9)
+        for i, result in enumerate(results):
+            pair = result.versus_baseline
+            if pair and far[i] and not far[0]:
+                write_value(axes, i, signed(pair.difference, 2))
+            elif pair:
+                draw_interval(axes, i, pair.difference, pair.difference_interval, "blue")
+        value_axis(axes, narrow)
 
-    base = _short(run.comparison["baseline"])
     caption = (
-        "Each kind of statistics on the whole test set, with 95 % intervals. The first plot asks "
-        f"how good the model is, the second what the kind changes against {base}: both see the "
-        "same images, so its intervals are far narrower, and overlap in the first says nothing "
-        "about a difference. An interval that reaches over the zero line is compatible with no "
-        "difference."
+        "Each condition on the whole test set, with 95 % intervals. The first plot asks how good "
+        f"the model is, the second what the condition changes against {base}: both see the same "
+        "images, so its intervals are far narrower, and overlap in the first says nothing about a "
+        "difference. An interval that reaches over the zero line is compatible with no difference. "
+        "Names are as in the table above."
     )
-    if any(at_chance):
-        caption += " A kind at chance would be far outside the plots; its number is given instead."
-    alt = "; ".join(f"{_short(k['name'])} {percent(k['accuracy'], 2)}" for k in found)
+    if any(far):
+        caption += " What would be far outside of the plots is given as a number."
+    alt = "; ".join(f"{result.condition} {percent(result.accuracy, 2)}" for result in results)
     return Plot(
         key="comparison",
-        title="All kinds of statistics at the end of the run",
+        title="All conditions at the end of the run",
         caption=caption,
         alt=f"Test accuracy with 95 % intervals: {alt}. The comparison table has all numbers.",
         panels=(
-            Panel("Accuracy, %", draw(accuracies, percent), 0),
-            Panel(f"Difference to {base}, points", draw(differences, signed), 0),
+            Panel("Accuracy, %", draw_accuracy, 0),
+            Panel(f"Difference to {base}, points", draw_difference, 0),
         ),
-        rows=tuple(_short(kind["name"]) for kind in found),
-    )
-
-
-# ------------------------------------------------------------------------ layers
-
-
-def layer_drift(run: RunData) -> Plot | None:
-    """How far each layer's statistics are from the recomputed ones, and what that costs."""
-    layers = (run.comparison or {}).get("layers") or {}
-    kind = compared_kind(layers)
-    if kind is None or not layers[kind]:
-        return None
-    rows = layers[kind]
-    shown = rows[:MAX_LAYERS]
-    colour = COLOUR[_styles([kind])[kind][0]]
-
-    def drift(value: str, worst: str) -> Callable[[Axes, bool], None]:
-        def draw(axes: Axes, narrow: bool) -> None:
-            y = np.arange(len(shown))
-            low, high = (np.array([row[k] for row in shown]) for k in (value, worst))
-            axes.hlines(y, low, high, color=colour, linewidth=1, alpha=0.5)
-            axes.plot(low, y, "o", color=colour, markersize=4.5)
-            axes.plot(high, y, "|", color=colour, markersize=7)
-            axes.set_xlim(left=0)
-            axes.margins(x=0.06)
-            _value_axis(axes, narrow, percent_scale=False)
-
-        return draw
-
-    panels = [
-        Panel("Means: distance in σ", drift("mean_drift", "worst_mean_drift"), 0),
-        Panel("Variances: |log ratio|", drift("log_var_drift", "worst_log_var_drift"), 0),
-    ]
-    with_costs = all("difference" in row for row in shown)
-    if with_costs:
-
-        def draw_costs(axes: Axes, narrow: bool) -> None:
-            axes.axvline(0, color=COLOUR["muted"], linewidth=0.9)
-            for i, row in enumerate(shown):
-                _interval(axes, i, row["difference"], row["interval"], "orange")
-            _value_axis(axes, narrow)
-
-        panels.append(Panel("Exchanged alone, points", draw_costs, 0))
-    first = rows[0]
-    base = _short(run.comparison["baseline"])
-    caption = (
-        f"{_capital(base)} against {_short(kind)} statistics in each BN layer, the furthest "
-        "first. Means are compared in units of the layer's own standard deviation σ, variances "
-        "by the logarithm of their ratio (0.1 is about 10 %). The dot is the root mean square over "
-        "channels, the bar ends at the worst channel. Up to some hundredths are noise of the "
-        "averages and do no harm; look for layers, often the last ones, that stand out by far. "
-        f"Furthest here: {first['name']}, means {first['mean_drift']:.3f} σ off."
-    )
-    if with_costs:
-        caption += (
-            f" Last, what the test accuracy gains if this layer alone gets {_short(kind)} "
-            "statistics; these need not add up."
-        )
-    if len(rows) > len(shown):
-        caption += f" Shown are {len(shown)} of {len(rows)} layers; the table has them all."
-    columns = ["layer", "mean, σ", "worst channel", "variance, |log|", "worst channel"]
-    table = [
-        [
-            row["name"],
-            f"{row['mean_drift']:.4f}",
-            f"{row['worst_mean_drift']:.4f} (#{row['worst_mean_channel']})",
-            f"{row['log_var_drift']:.4f}",
-            f"{row['worst_log_var_drift']:.4f} (#{row['worst_var_channel']})",
-            *([f"{signed(row['difference'])}"] if with_costs else []),
-        ]
-        for row in rows
-    ]
-    return Plot(
-        key="layers",
-        title="Which layers' averages are off?",
-        caption=caption,
-        alt=(
-            f"Distance of {base} from {_short(kind)} statistics in {len(rows)} layers; furthest is "
-            f"{first['name']} with its means {first['mean_drift']:.3f} standard deviations off."
-        ),
-        panels=tuple(panels),
-        tables=(
-            Table(
-                "Drift by layer", [*columns, *(["accuracy, points"] if with_costs else [])], table
-            ),
-        ),
-        rows=tuple(row["name"] for row in shown),
+        rows=tuple(str(result.condition) for result in results),
     )
 
 
@@ -412,10 +418,11 @@ def loss_and_rate(run: RunData) -> Plot | None:
     test_steps, test = run.curve("test", run.baseline, "loss")
 
     def draw_loss(axes: Axes, narrow: bool) -> None:
-        _band(axes, steps, loss, COLOUR["purple"], "mini-batches", narrow, mean="their mean")
+        draw_band(axes, steps, loss, COLOUR["purple"], "mini-batches", narrow, mean="their mean")
         finite = np.isfinite(test)
         if finite.any():
-            _line(axes, test_steps[finite], test[finite], "blue", "test", "s")
+            look = _looks([run.baseline])[run.baseline]
+            draw_line(axes, test_steps[finite], test[finite], look, f"test, {run.baseline}")
         if np.isfinite(loss).any() and np.nanmin(loss) > 0:
             axes.set_yscale("log")
             low, high = axes.get_ylim()
@@ -423,20 +430,20 @@ def loss_and_rate(run: RunData) -> Plot | None:
             axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        _step_axis(axes, steps, narrow)
+        step_axis(axes, steps, narrow)
 
     def draw_rate(axes: Axes, narrow: bool) -> None:
-        x, y = thin(steps, rate, _bins(narrow))
+        x, y = thin(steps, rate, bins_for(narrow))
         axes.plot(x, y, color=COLOUR["teal"])
         axes.set_ylim(bottom=0)
         axes.margins(y=0.1)
-        _step_axis(axes, steps, narrow)
+        step_axis(axes, steps, narrow)
 
     broken = np.flatnonzero(~np.isfinite(loss))
     caption = (
         "The averages lag behind weights that move fast: compare where this rate is high with "
         "where the curves above part. The loss of training is on its mini-batches"
-        + (", label smoothing included." if run.config["training"]["label_smoothing"] else ".")
+        + (", label smoothing included." if run.setup.label_smoothing else ".")
     )
     if len(broken):
         caption += f" From step {count(int(steps[broken[0]]))} on the loss is not finite."
@@ -459,164 +466,81 @@ def loss_and_rate(run: RunData) -> Plot | None:
 # ------------------------------------------------------------------------ several runs
 
 
-def runs_accuracy(runs: Sequence[RunData]) -> Plot | None:
-    """Test accuracy by step of several runs, under their baseline and, dashed, recomputed."""
-    curves = [(run, kind, *run.curve("test", kind)) for run in runs for kind in _pair(run)]
-    curves = [curve for curve in curves if len(curve[2])]
+def runs_plots(runs: Sequence[RunData]) -> list[Plot]:
+    """Test accuracy by step of several runs; a plot for each set of test images."""
+    groups = by_test_set(runs)
+    plots = [_runs_accuracy(*group, i, len(groups)) for i, group in enumerate(groups)]
+    return [plot for plot in plots if plot]
+
+
+def _runs_accuracy(data: str, runs: Sequence[RunData], number: int, of: int) -> Plot | None:
+    """Runs on the same test images, under their baseline and, dotted, recomputed statistics."""
+    curves = []
+    for i, run in enumerate(runs):
+        look = replace(LOOKS[i % len(LOOKS)], dash="-")
+        curves.append((run, run.baseline, look))
+        if run.recomputed and run.recomputed != run.baseline:
+            dotted = replace(look, dash=(0, (1.3, 1.3)), hollow=True)
+            curves.append((run, run.recomputed, dotted))
+    curves = [c for c in curves if len(c[0].curve("test", c[1])[0])]
     if not curves:
         return None
-    colours = {run.name: CYCLE[i % len(CYCLE)] for i, run in enumerate(runs)}
-    dashes = {run.name: i // len(CYCLE) for i, run in enumerate(runs)}
+    named = [(f"{run.name}, {c}", *run.curve("test", c), look) for run, c, look in curves]
 
     def draw(axes: Axes, narrow: bool) -> None:
-        for run, kind, x, y in curves:
-            first = kind == run.baseline
-            dash = DASHES[dashes[run.name] % len(DASHES)] if first else (0, (1.5, 1.5))
-            label = run.name if first else None
-            _line(axes, x, 100 * y, colours[run.name], label, "s" if first else "o", dash)
-        axes.set_ylim(*_accuracy_limits([curve[2:] for curve in curves]))
-        _step_axis(axes, [0, max(x.max() for _, _, x, _ in curves)], narrow)
+        for name, x, y, look in named:
+            draw_line(axes, x, 100 * y, look, name)
+        axes.set_ylim(*accuracy_limits([(x, y) for _, x, y, _ in named]))
+        step_axis(axes, [0, max(x.max() for _, x, _, _ in named)], narrow)
 
     rows = [
-        [run.name, kind, count(int(x[-1])), percent(y[-1], 2), percent(y.max(), 2)]
-        for run, kind, x, y in curves
+        [run.name, str(c), count(int(x[-1])), percent(y[-1], 2), percent(y.max(), 2)]
+        for (run, c, _), (_, x, y, _) in zip(curves, named, strict=True)
     ]
+    caption = (
+        "Solid lines: the trained weights under each run's baseline statistics. Dotted lines with "
+        "the same marker, hollow: under recomputed statistics. Where the two of one run part, its "
+        "averages cost accuracy."
+    )
+    if of > 1:
+        names = ", ".join(run.name for run in runs)
+        caption += f" The runs of this plot ({names}) share their test images; the others do not."
+    if different := [key for key, _ in config_differences(runs) if key.startswith("data.")]:
+        caption += f" What they were trained on differs: {', '.join(different)}."
     return Plot(
-        key="runs",
-        title="Test accuracy of the runs",
-        caption=(
-            "Solid lines with squares: under each run's own running averages. Dotted lines with "
-            "dots: under recomputed statistics. Where the two of one colour part, that run's "
-            "averages cost accuracy."
-        ),
+        key=f"runs-{number + 1}",
+        title=f"Test accuracy on {data}",
+        caption=caption,
         alt="; ".join(f"{row[0]} ({row[1]}) ends at {row[3]}" for row in rows),
-        panels=(Panel("Test accuracy, %", draw, 3.0),),
+        panels=(Panel("Test accuracy of the trained weights, %", draw, 3.0),),
         tables=(Table("Test accuracy", ["run", "statistics", "last step", "last", "best"], rows),),
     )
 
 
-def _pair(run: RunData) -> list[str]:
-    kinds = run.kinds("test")
-    return [k for k in (run.baseline, "recomputed") if k in kinds]
+# ------------------------------------------------------------------------ small parts
 
 
-# ------------------------------------------------------------------------ parts of figures
+def _looks(conditions: Sequence[Condition]) -> dict[Condition, Look]:
+    """How each condition is drawn: the best known alike in every figure."""
+    known = {name: LOOKS[i] for i, name in enumerate(MAIN)}
+    free = iter(LOOKS[len(MAIN) :] * 9)
+    return {c: known.get(str(c)) or next(free) for c in conditions}
 
 
-def _band(axes: Axes, x, y, colour: str, label: str, narrow: bool, mean: str | None = None) -> None:
-    """A noisy curve: whole where it fits, else the span of each bin; optionally means over it."""
-    bins = _bins(narrow)
-    if len(x) <= 2 * bins:
-        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.5, label=label)
-    else:
-        start, end, _, low, high = envelope(x, y, bins)
-        axes.fill_between(
-            (start + end) / 2, low, high, color=colour, alpha=0.22, linewidth=0, label=label
-        )
-    if mean is not None:
-        start, end, middle, _, _ = envelope(x, y, TABLE_BINS)
-        axes.plot((start + end) / 2, middle, color=colour, label=mean)
-
-
-def _line(axes: Axes, x, y, colour: str, label: str | None, marker: str, dash="-") -> None:
-    many = len(x) > 40
-    axes.plot(
-        x,
-        y,
-        linestyle=dash if len(x) > 1 else "",
-        marker="" if many else marker,
-        markersize=3.4,
-        color=COLOUR[colour],
-        label=label,
-        zorder=4,
+def unfinished(run: RunData) -> str:
+    """What to say of a run instead of a verdict."""
+    text = f"This run is {run.state['state']} at step {count(run.step)} and has no final comparison"
+    steps, accuracy = run.curve("test", run.baseline)
+    if not len(steps):
+        return f"{text} yet."
+    return (
+        f"{text} yet. Its last test accuracy is {percent(accuracy[-1], 2)}, at step "
+        f"{count(int(steps[-1]))}, for {run.label(run.baseline)}."
     )
-
-
-def _interval(axes: Axes, row: int, value: float, interval, colour: str) -> None:
-    axes.hlines(row, 100 * interval[0], 100 * interval[1], color=COLOUR[colour], linewidth=2)
-    axes.plot(100 * value, row, "o", color=COLOUR[colour], markersize=5)
-
-
-def _step_axis(axes: Axes, steps, narrow: bool) -> None:
-    last = steps[-1]
-    axes.set_xlim(0, last * 1.01)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(4 if narrow else 7, integer=True, steps=[1, 2, 2.5, 5, 10])
-    )
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}".replace(",", " ")))
-    axes.set_xlabel("step", loc="right", labelpad=1)
-
-
-def _value_axis(axes: Axes, narrow: bool, percent_scale: bool = True) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 5, steps=[1, 2, 2.5, 5, 10]))
-    if percent_scale:
-        axes.margins(x=0.08)
-
-
-def _accuracy_limits(curves) -> tuple[float, float]:
-    """Limits in per cent that hold all (steps, shares) after the first twentieth of the run."""
-    last = max((x[-1] for x, _ in curves if len(x)), default=0)
-    values = [y[(x > last / 20) & np.isfinite(y)] for x, y in curves]
-    values = np.concatenate([*values, np.empty(0)])
-    if len(values) == 0:
-        return 0.0, 100.0
-    low, high = 100 * values.min(), 100 * values.max()
-    step = 10 if high - low > 20 else 2 if high - low > 4 else 0.5
-    bottom = max(0.0, step * np.floor((low - 0.5) / step))
-    return bottom, min(100.0, high + 0.08 * (high - bottom))
-
-
-def _bins(narrow: bool) -> int:
-    return 160 if narrow else 360
-
-
-def _at(wanted: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """y at each wanted x, or at the last x before it."""
-    if len(wanted) == 0:
-        return np.empty(0)
-    return y[np.clip(np.searchsorted(x, wanted, side="right") - 1, 0, len(y) - 1)]
-
-
-def _styles(kinds: Sequence[str]) -> dict[str, tuple[str, Any, str]]:
-    """(colour, dash, marker) by kind: the same kind looks the same in every figure."""
-    fixed = {
-        "running": ("blue", "-", "s"),
-        "recomputed": ("orange", "-", "o"),
-        "batch": ("green", "-", "^"),
-    }
-    styles, free = {}, [c for c in CYCLE if c not in ("blue", "orange", "green")]
-    for kind in kinds:
-        if kind in fixed:
-            styles[kind] = fixed[kind]
-        else:
-            i = sum(k not in fixed for k in styles)
-            styles[kind] = (free[i % len(free)], DASHES[(i // len(free)) % len(DASHES)], "v")
-    return styles
-
-
-def _main(kind: str) -> bool:
-    return kind in MAIN_KINDS or is_recomputed(kind)
-
-
-def _state(run: RunData) -> str:
-    state, step = run.state.get("state", "unknown"), run.state.get("step", 0)
-    return f"{state} at step {count(step)}; there is no final comparison yet"
-
-
-def _short(kind: str) -> str:
-    return {"batch": "mini-batch", "none": "without BN"}.get(kind, kind)
-
-
-def _label(run: RunData, kind: str) -> str:
-    return run.labels.get(kind, f"{kind} statistics")
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _points(difference: float) -> str:
-    return f"{100 * difference:.2f} points"
+    return f"{points(difference, 2)} points"
 
 
 def _named(plot: Plot, panel: Panel) -> Panel:
@@ -626,12 +550,13 @@ def _named(plot: Plot, panel: Panel) -> Panel:
 
     def draw(axes: Axes, narrow: bool) -> None:
         panel.draw(axes, narrow)
-        shown = plot.rows[:14]
+        shown = plot.rows[:SHOWN_ROWS]
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_yticks(range(len(shown)), [end_of(name, 18) for name in shown])
         axes.grid(axis="y", visible=False)
 
-    return Panel(panel.title, draw, panel.height)
+    part = f" ({SHOWN_ROWS} of {len(plot.rows)})" if len(plot.rows) > SHOWN_ROWS else ""
+    return Panel(panel.title + part, draw, panel.height)
 
 
 # ------------------------------------------------------------------------ tables
@@ -641,8 +566,8 @@ def _step_table(run: RunData) -> Table:
     steps = run.steps
     x = steps["step"]
     start, end, mean, low, high = envelope(x, steps["accuracy"], TABLE_BINS)
-    ema = _at(end, x, steps["ema_accuracy"])
-    loss, rate = _at(end, x, steps["loss"]), _at(end, x, steps["lr"])
+    ema = value_at(end, x, steps["ema_accuracy"])
+    loss, rate = value_at(end, x, steps["loss"]), value_at(end, x, steps["lr"])
     rows = [
         [
             f"{count(int(a))}–{count(int(b))}" if a != b else count(int(a)),
@@ -661,17 +586,17 @@ def _step_table(run: RunData) -> Table:
     return Table("Training, in stretches of steps (every step: steps.csv)", columns, rows)
 
 
-def _eval_table(run: RunData, kind: str) -> Table:
-    splits = [s for s in ("train", "val", "test") if len(run.curve(s, kind)[0])]
-    curves = {s: dict(zip(*run.curve(s, kind), strict=True)) for s in splits}
-    steps = sorted(set().union(*curves.values())) if curves else []
+def _eval_table(run: RunData, condition: Condition) -> Table:
+    splits = [s for s in ("train", "val", "test") if len(run.curve(s, condition)[0])]
+    curves = {s: dict(zip(*run.curve(s, condition), strict=True)) for s in splits}
+    steps = sorted({step for curve in curves.values() for step in curve})
     rows = [
         [count(int(t)), *(percent(curves[s][t], 2) if t in curves[s] else "" for s in splits)]
         for t in steps
     ]
     names = {"train": "whole training set", "val": "validation", "test": "test"}
     columns = ["step", *(names[s] for s in splits)]
-    return Table(f"Accuracy under {_short(kind)} statistics", columns, _at_most(rows))
+    return Table(f"Accuracy of {run.label(condition)}", columns, _at_most(rows))
 
 
 def _at_most(rows: list[list[str]], limit: int = 200) -> list[list[str]]:

@@ -1,8 +1,9 @@
-"""One self-contained HTML page about one or several runs: no script, no network, no other file."""
+"""The page about one or several runs: no script, no network, no other file."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,26 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from bnexp.analysis import words
-from bnexp.analysis.verdict import AGREEMENT, SIGNIFICANT
+from bnexp.analysis.comparison import Comparison
+from bnexp.analysis.results import Paired, Result, class_p_values
+from bnexp.analysis.seeds import SeedSummary
+from bnexp.analysis.verdict import ABOUT_P_VALUES, THESE_WEIGHTS, Outcome
 from bnexp.atomic import write_atomically
+from bnexp.condition import weights_label
 from bnexp.errors import UserError
 from bnexp.records import Run
-from bnexp.report.drawing import PALETTE, Plot, to_svg
-from bnexp.report.figures import run_plots, runs_accuracy
-from bnexp.report.run_data import RunData, compared_kind
-from bnexp.report.several import SeedGroup, config_differences, seed_groups
+from bnexp.report.drawing import PALETTE, Plot, Table, to_svg
+from bnexp.report.figures import run_plots, runs_plots, unfinished
+from bnexp.report.run_data import RunData
+from bnexp.report.several import SeedGroup, by_test_set, config_differences, seed_groups
+
+# The colour beside a verdict: orange where the baseline loses, green where the two agree.
+MOODS: dict[Outcome, str] = {
+    "baseline-at-chance": "orange",
+    "baseline-worse": "orange",
+    "agree": "green",
+    "identical": "green",
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,14 @@ class Figure:
     plot: Plot
     wide: Markup
     narrow: Markup
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a cell of a table, and the small print below it."""
+
+    text: str = ""
+    small: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,9 +61,8 @@ class Section:
     mood: str
     remarks: Sequence[str]
     tiles: Sequence[tuple[str, str, str]]
-    kinds: Sequence[Mapping[str, Any]]
-    classes: Sequence[Sequence[str]]
-    classes_title: str
+    rows: Sequence[Sequence[Cell]]
+    classes: Table | None
     figures: Sequence[Figure]
     config: str
     environment: Sequence[tuple[str, str]]
@@ -50,12 +70,24 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Overview:
-    """What the template shows of several runs together."""
+class Seeds:
+    """What the template shows of several seeds of one config."""
 
-    rows: Sequence[Sequence[str]]
-    differences: Sequence[tuple[str, Sequence[str]]]
-    groups: Sequence[SeedGroup]
+    group: SeedGroup
+    rows: Sequence[Sequence[Cell]]
+    single: Sequence[Sequence[Cell]]
+    compared: str
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What the template shows of several runs together. `differences`: key, and the value of each
+    run or of several that share it."""
+
+    rows: Sequence[Sequence[Cell]]
+    test_sets: int
+    differences: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+    seeds: Sequence[Seeds]
     figures: Sequence[Figure]
 
 
@@ -77,18 +109,13 @@ def render(runs: Sequence[RunData]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": words.percent,
-        "signed": words.signed,
-        "signed_interval": words.signed_interval,
-        "count": words.count,
-        "p_value": words.p_value,
-        "tidy": _tidy,
-    }
+    environment.filters |= {"count": words.count, "tidy": _tidy}
     sections = [_section(run, f"run-{i + 1}") for i, run in enumerate(runs)]
     return environment.get_template("page.html.j2").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         palette=PALETTE,
+        these_weights=THESE_WEIGHTS,
+        about_p_values=ABOUT_P_VALUES,
         sections=sections,
         overview=_overview(runs) if len(runs) > 1 else None,
     )
@@ -99,47 +126,16 @@ def _section(run: RunData, anchor: str) -> Section:
     return Section(
         run=run,
         anchor=anchor,
-        headline=comparison["verdict"] if comparison else _unfinished(run),
-        mood=_mood(comparison),
-        remarks=comparison["remarks"] if comparison else [],
+        headline=comparison.verdict.text if comparison else unfinished(run),
+        mood=MOODS.get(comparison.verdict.outcome, "blue") if comparison else "blue",
+        remarks=comparison.verdict.remarks if comparison else (),
         tiles=_tiles(run),
-        kinds=comparison["kinds"] if comparison else [],
-        classes=_class_rows(comparison),
-        classes_title=_compared_kind(comparison),
+        rows=_rows(run, comparison) if comparison and comparison.others else (),
+        classes=_classes(comparison) if comparison else None,
         figures=[_figure(plot, anchor) for plot in run_plots(run)],
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True),
         environment=[(k, v) for k, v in _flat(run.environment) if v not in ("", "None", "[]")],
         commands=_commands(run),
-    )
-
-
-def _overview(runs: Sequence[RunData]) -> Overview:
-    rows = []
-    for run in runs:
-        kinds = {k["name"]: k for k in run.comparison["kinds"]} if run.comparison else {}
-        base = kinds.get(run.baseline)
-        recomputed = kinds.get("recomputed")
-        rows.append(
-            [
-                run.name,
-                run.config["model"]["name"],
-                run.config["data"]["name"],
-                words.count(int(run.state.get("step") or 0)),
-                words.percent(base["accuracy"], 2) if base else "–",
-                words.percent(recomputed["accuracy"], 2) if recomputed else "–",
-                words.signed(recomputed["versus_baseline"]["difference"])
-                if recomputed and recomputed["versus_baseline"]
-                else "–",
-            ]
-        )
-    plot = runs_accuracy(runs)
-    return Overview(
-        rows=rows,
-        differences=[
-            (key, [_value(value) for value in values]) for key, values in config_differences(runs)
-        ],
-        groups=seed_groups(runs),
-        figures=[_figure(plot, "overview")] if plot else [],
     )
 
 
@@ -148,51 +144,29 @@ def _figure(plot: Plot, prefix: str) -> Figure:
     return Figure(plot, Markup(to_svg(plot)), Markup(to_svg(plot, narrow=True)))
 
 
-def _unfinished(run: RunData) -> str:
-    state, step = run.state.get("state", "unknown"), int(run.state.get("step") or 0)
-    tests = [row for row in run.evals if row["split"] == "test"]
-    text = f"This run is {state} at step {words.count(step)} and has no final comparison yet."
-    if tests:
-        last = [row for row in tests if row["statistics"] == run.baseline][-1]
-        text += (
-            f" Its last test accuracy is {words.percent(last['accuracy'], 2)}, at step "
-            f"{words.count(last['step'])}."
-        )
-    return text
-
-
-def _mood(comparison: Mapping[str, Any] | None) -> str:
-    """The colour of the verdict: orange for a cost of the baseline, green for an agreement."""
-    name = _compared_kind(comparison)
-    if not name:
-        return "blue"
-    paired = next(k for k in comparison["kinds"] if k["name"] == name)["versus_baseline"]
-    if paired["p_holm"] < SIGNIFICANT:
-        return "orange" if paired["difference"] > 0 else "blue"
-    agree = max(map(abs, paired["difference_interval"])) <= AGREEMENT
-    return "green" if agree else "blue"
+# ------------------------------------------------------------------------ one run
 
 
 def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the few numbers to see first."""
     tiles = []
-    if run.comparison:
-        for kind in run.comparison["kinds"]:
-            if kind["name"] in (run.baseline, "recomputed"):
-                low, high = kind["accuracy_interval"]
-                value = words.percent(kind["accuracy"], 2)
-                interval = f"95 %: {100 * low:.2f} to {100 * high:.2f}"
-                tiles.append((f"test, {kind['name']}", value, interval))
-                if paired := kind["versus_baseline"]:
-                    changed = sum(paired[k] for k in ("gained", "lost", "wrong_to_other_wrong"))
-                    of = f"of {words.count(run.comparison['samples'])}"
-                    tiles.append(("predictions changed", words.count(changed), of))
+    if comparison := run.comparison:
+        shown = [comparison.base, *([comparison.compared[0]] if comparison.compared else [])]
+        for result in shown:
+            low, high = result.accuracy_interval
+            remark = f"{weights_label(result.condition)}; 95 %: {100 * low:.2f} to {100 * high:.2f}"
+            value = words.percent(result.accuracy, 2)
+            tiles.append((f"test, {result.condition}", value, remark))
+        if comparison.compared:
+            changed = words.count(comparison.compared[1].changed)
+            of = f"of {words.count(comparison.samples)}"
+            tiles.append(("predictions changed", changed, of))
     elif len(found := run.curve("test", run.baseline)[1]):
-        tiles.append((f"test, {run.baseline}", words.percent(float(found[-1]), 2), "so far"))
+        value = words.percent(float(found[-1]), 2)
+        tiles.append((f"test, {run.baseline}", value, "trained weights, so far"))
     if len(run.steps["step"]):
-        decay = run.config["training"]["ema_accuracy_decay"]
         value = words.percent(float(run.steps["ema_accuracy"][-1]), 2)
-        tiles.append(("training, EMA", value, f"decay {decay:g}"))
+        tiles.append(("training, EMA", value, f"decay {run.setup.ema_decay:g}"))
         steps, train = run.curve("train", run.baseline)
         if len(steps):
             value = words.percent(float(train[-1]), 2)
@@ -200,43 +174,179 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _compared_kind(comparison: Mapping[str, Any] | None) -> str | None:
-    return compared_kind(k["name"] for k in comparison["kinds"][1:]) if comparison else None
-
-
-def _class_rows(comparison: Mapping[str, Any] | None) -> list[list[str]]:
-    """Class, samples, accuracy under the baseline and the compared kind, changes."""
-    name = _compared_kind(comparison)
-    if not name:
-        return []
-    base = comparison["kinds"][0]
-    other = next(kind for kind in comparison["kinds"] if kind["name"] == name)
-    paired = other["versus_baseline"]
+def _rows(run: RunData, comparison: Comparison) -> list[list[Cell]]:
+    """The rows of the comparison table, the baseline's first."""
+    digits = _digits(comparison.samples)
     rows = []
-    for i, label in enumerate(comparison["classes"]):
-        if comparison["class_samples"][i]:
-            rows.append(
-                [
-                    label,
-                    words.count(comparison["class_samples"][i]),
-                    words.percent(base["class_accuracy"][i]),
-                    words.percent(other["class_accuracy"][i]),
-                    words.signed(paired["class_difference"][i]),
-                    str(paired["class_gained"][i]),
-                    str(paired["class_lost"][i]),
-                ]
-            )
+    for result in comparison.results:
+        low, high = result.accuracy_interval
+        how = result.condition.method or run.made.get(result.condition.statistics)
+        label = weights_label(result.condition) + (f"; {how}" if how else "")
+        name = str(result.condition) + (" (baseline)" if result is comparison.base else "")
+        accuracy = words.percent(result.accuracy, digits)
+        interval = f"{100 * low:.{digits}f} to {100 * high:.{digits}f}"
+        rows.append(
+            [
+                Cell(name, label),
+                Cell(accuracy, interval),
+                *_paired_cells(result.versus_baseline, digits),
+                _loss_cell(result),
+                Cell("–" if result.ece is None else words.percent(result.ece, 2)),
+            ]
+        )
     return rows
 
 
+def _paired_cells(pair: Paired | None, digits: int) -> list[Cell]:
+    """Difference, changed predictions and p of one row."""
+    if pair is None:
+        return [Cell(), Cell(), Cell()]
+    return [
+        Cell(
+            words.signed(pair.difference, digits),
+            words.signed_interval(pair.difference_interval, digits),
+        ),
+        Cell(
+            words.count(pair.changed),
+            f"{words.count(pair.gained)} better, {words.count(pair.lost)} worse",
+        ),
+        Cell(_p(pair.p_holm)),
+    ]
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _loss_cell(result: Result) -> Cell:
+    pair = result.versus_baseline
+    loss = "–" if result.loss is None else f"{result.loss:.4f}"
+    if pair is None or pair.loss_difference is None:
+        return Cell(loss)
+    return Cell(loss, f"{pair.loss_difference:+.4f}".replace("-", "−"))
+
+
+def _digits(samples: int) -> int:
+    """Decimals of a percentage that tell single ones of so many samples apart; two or more."""
+    return max(2, len(str(samples - 1)) - 2)
+
+
+def _classes(comparison: Comparison) -> Table | None:
+    """Class, samples, accuracy under the baseline and the compared condition, changes."""
+    if comparison.compared is None:
+        return None
+    base, (other, pair) = comparison.base, comparison.compared
+    p_values = class_p_values(comparison.results)[other.condition]
+    rows = []
+    for i, name in enumerate(comparison.classes):
+        first, second = base.class_accuracy[i], other.class_accuracy[i]
+        difference = pair.class_difference[i]
+        if first is None or second is None or difference is None:
+            continue
+        rows.append(
+            [
+                name,
+                words.count(comparison.class_samples[i]),
+                words.percent(first, 2),
+                words.percent(second, 2),
+                words.signed(difference, 2),
+                words.count(pair.class_gained[i]),
+                words.count(pair.class_lost[i]),
+                _p(p_values[i]),
+            ]
+        )
+    columns = ["class", "images", str(base.condition), str(other.condition), "difference, points"]
+    return Table(
+        f"{words.capital(base.label)} against {other.label}",
+        [*columns, "now right", "now wrong", "p"],
+        rows,
+    )
+
+
 def _commands(run: RunData) -> str:
-    lines = []
-    if commit := run.environment.get("git_commit"):
-        lines.append(f"git checkout {commit}")
-    lines.append(f"bnexp train {run.path}/config.yaml")
-    lines.append(f"bnexp eval {run.path} --recompute-stats")
-    lines.append(f"bnexp report {run.path}")
-    return "\n".join(lines)
+    path = run.path
+    lines = [
+        f"bnexp train {shlex.quote(f'{path}/config.yaml')}",
+        f"bnexp eval {shlex.quote(path)} --recompute-stats",
+        f"bnexp report {shlex.quote(path)}",
+    ]
+    commit = run.environment.get("git_commit")
+    return "\n".join([f"git checkout {shlex.quote(str(commit))}"] * bool(commit) + lines)
+
+
+# ------------------------------------------------------------------------ several runs
+
+
+def _overview(runs: Sequence[RunData]) -> Overview:
+    sets = by_test_set(runs)
+    differences = []
+    for key, values in config_differences(runs):
+        holders: dict[str, list[str]] = {}
+        for run, value in zip(runs, values, strict=True):
+            holders.setdefault(_value(value), []).append(run.name)
+        shared = [(value, ", ".join(names)) for value, names in holders.items()]
+        differences.append((key, shared))
+    return Overview(
+        rows=[_overview_row(run, name) for name, members in sets for run in members],
+        test_sets=len(sets),
+        differences=differences,
+        seeds=[_seeds(group) for group in seed_groups(runs)],
+        figures=[_figure(plot, "overview") for plot in runs_plots(runs)],
+    )
+
+
+def _overview_row(run: RunData, test_set: str) -> list[Cell]:
+    row = [
+        Cell(run.name, f"{run.setup.model}, seed {run.setup.seed}"),
+        Cell(run.setup.data, test_set.removeprefix(run.setup.data).strip(" ()")),
+        Cell(words.count(run.step)),
+    ]
+    comparison = run.comparison
+    if comparison is None:
+        return [*row, Cell(run.state["state"]), Cell("–"), Cell("–"), Cell("–")]
+    base = comparison.base
+    row += [Cell(base.condition.weights), _accuracy_cell(base)]
+    if comparison.compared is None:
+        return [*row, Cell("–"), Cell("–")]
+    other, pair = comparison.compared
+    interval = words.signed_interval(pair.difference_interval, 2)
+    return [*row, _accuracy_cell(other), Cell(words.signed(pair.difference, 2), interval)]
+
+
+def _accuracy_cell(result: Result) -> Cell:
+    return Cell(words.percent(result.accuracy, 2), str(result.condition))
+
+
+def _seeds(group: SeedGroup) -> Seeds:
+    single = []
+    compared = ""
+    for run in group.runs:
+        if run.comparison and run.comparison.compared:
+            other, pair = run.comparison.compared
+            compared = f"{other.condition} less {run.comparison.baseline}"
+            interval = words.signed_interval(pair.difference_interval, 2)
+            p = _paired_cells(pair, 2)[-1]
+            difference = Cell(words.signed(pair.difference, 2), interval)
+            single.append([Cell(f"seed {run.setup.seed}", run.name), difference, p])
+    return Seeds(group, [_seed_row(row) for row in group.summary], single, compared)
+
+
+def _seed_row(row: SeedSummary) -> list[Cell]:
+    interval = row.interval and f"{100 * row.interval[0]:.2f} to {100 * row.interval[1]:.2f}"
+    deviation = row.standard_deviation
+    difference = Cell()
+    if row.difference is not None:
+        t = row.difference_interval and words.signed_interval(row.difference_interval, 2)
+        difference = Cell(words.signed(row.difference, 2), t or "")
+    return [
+        Cell(str(row.condition), weights_label(row.condition)),
+        Cell(words.percent(row.mean, 2), interval or ""),
+        Cell("" if deviation is None else f"{100 * deviation:.2f}"),
+        difference,
+    ]
+
+
+# ------------------------------------------------------------------------ texts
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -254,7 +364,7 @@ def _value(value: Any) -> str:
 
 
 def _tidy(text: str) -> Markup:
-    """Keep numbers together with their units: 10 000, 91.7 %, p = 0.6."""
-    text = re.sub(r"(?<=\d) (?=\d{3}(?!\d)|%)", "\u00a0", text)
+    """Keep numbers together with their units: 91.7 %, p = 0.6."""
+    text = re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
     text = re.sub(r"p ([=<]) ", "p\u00a0\\1\u00a0", text)
     return Markup(escape(text))

@@ -2,83 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bnexp.condition import Condition, compared_with, label, made_by
+from bnexp.analysis.comparison import Comparison
+from bnexp.condition import Condition, label, made_by
+from bnexp.errors import UserError
+from bnexp.printable import printable
+from bnexp.records.files import read_json
 
 if TYPE_CHECKING:
     from bnexp.records import Run
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A row of evals.csv: always of the weights as training had them at that step."""
+
+    step: int
+    split: str
+    condition: Condition
+    accuracy: float
+    loss: float
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a report says of a run's config."""
+
+    model: str
+    data: str
+    seed: int
+    batch_size: int
+    ema_decay: float
+    label_smoothing: float
+
+
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """`steps` holds the columns of steps.csv as arrays, `evals` the rows of evals.csv,
-    `comparison` the content of comparison.json; None before the final evaluation."""
+    """`steps` holds the columns of steps.csv as arrays; `comparison` is None before the final
+    evaluation; `made` is as in `bnexp.condition.label`. Every text is printable."""
 
     name: str
     path: str
     config: Mapping[str, Any]
+    setup: Setup
     environment: Mapping[str, Any]
     state: Mapping[str, Any]
     steps: Mapping[str, np.ndarray]
-    evals: Sequence[Mapping[str, Any]]
-    comparison: Mapping[str, Any] | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
+    evals: Sequence[Evaluation]
+    comparison: Comparison | None = None
+    made: Mapping[str, str] = field(default_factory=dict)
+    test_images: str | None = None  # tells them from others; None where the record does not
 
     @classmethod
     def read(cls, run: Run) -> RunData:
-        config = run.config
+        """UserError, naming the file, where one of the run's files is damaged."""
+        config = _printable(run.config)
+        try:
+            setup, made = _setup(config), made_by(config)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"{run.path}/config.yaml is damaged: {_printable(why)}") from None
         return cls(
-            name=run.name,
-            path=str(run.path),
+            name=_printable(run.name),
+            path=_printable(str(run.path)),
             config=config,
-            environment=run.environment,
-            state=run.state,
+            setup=setup,
+            environment=_printable(run.environment),
+            state=_printable(run.state),
             steps=run.steps(),
-            evals=run.evals(),
-            comparison=run.comparison(),
-            labels={name: label(Condition.parse(name), made_by(config)) for name in _names(config)},
+            evals=[_evaluation(_printable(row)) for row in run.evals()],
+            comparison=_comparison(run),
+            made=made,
+            test_images=_test_images(run),
         )
 
-    def kinds(self, split: str) -> list[str]:
-        """The kinds of statistics evaluated on `split`, in order of appearance."""
-        return list(dict.fromkeys(row["statistics"] for row in self.evals if row["split"] == split))
+    def conditions(self, split: str) -> list[Condition]:
+        """The conditions evaluated on `split`, in order of appearance."""
+        return list(dict.fromkeys(row.condition for row in self.evals if row.split == split))
 
     def curve(
-        self, split: str, kind: str, column: str = "accuracy"
+        self, split: str, condition: Condition, column: Literal["accuracy", "loss"] = "accuracy"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of one kind's evaluations on `split`; the last one of a step counts."""
+        """Steps and values of a condition's evaluations on `split`; the last of a step counts."""
         points = {
-            row["step"]: row[column]
+            row.step: row.accuracy if column == "accuracy" else row.loss
             for row in self.evals
-            if row["split"] == split and row["statistics"] == kind
+            if row.split == split and row.condition == condition
         }
-        steps = np.array(sorted(points), dtype=float)
-        return steps, np.array([points[step] for step in steps], dtype=float)
+        steps = sorted(points)
+        return np.array(steps, dtype=float), np.array([points[s] for s in steps], dtype=float)
 
     @property
-    def baseline(self) -> str:
-        """The kind the others are compared with."""
+    def baseline(self) -> Condition:
+        """The condition the others are compared with along the run."""
         if self.comparison:
-            return self.comparison["baseline"]
-        kinds = self.kinds("test")
-        return "running" if "running" in kinds or not kinds else kinds[0]
+            return replace(self.comparison.baseline, weights="trained")
+        found = self.conditions("test")
+        running = Condition("running")
+        return running if running in found or not found else found[0]
+
+    @property
+    def recomputed(self) -> Condition | None:
+        """The first recomputed statistics that the trained weights were tested under."""
+        return next((c for c in self.trained if c.is_recomputed), None)
+
+    @property
+    def trained(self) -> list[Condition]:
+        """The conditions of the trained weights that were tested."""
+        return [c for c in self.conditions("test") if c.weights == "trained"]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"] or 0)
+
+    def label(self, condition: Condition) -> str:
+        return label(condition, self.made)
 
 
-def _names(config: Mapping[str, Any]) -> list[str]:
-    names = ["running", *config["statistics"]["estimators"], "recomputed", "batch", "none"]
-    return names + [f"{weights}/{name}" for weights in ("ema", "swa") for name in names]
+def _setup(config: Mapping[str, Any]) -> Setup:
+    training = config["training"]
+    decay = float(training["ema_accuracy_decay"])
+    if not 0 <= decay < 1:
+        raise ValueError("training.ema_accuracy_decay is not below 1")
+    return Setup(
+        model=str(config["model"]["name"]),
+        data=str(config["data"]["name"]),
+        seed=int(config.get("seed", 0)),
+        batch_size=int(training["batch_size"]),
+        ema_decay=decay,
+        label_smoothing=float(training.get("label_smoothing", 0.0)),
+    )
 
 
-def is_recomputed(kind: str) -> bool:
-    condition = Condition.parse(kind)
-    return condition.is_recomputed and condition.weights == "trained"
+def _evaluation(row: Mapping[str, Any]) -> Evaluation:
+    values = {key: value for key, value in row.items() if key != "statistics"}
+    return Evaluation(condition=Condition.parse(row["statistics"]), **values)
 
 
-def compared_kind(kinds: Iterable[str]) -> str | None:
-    found = compared_with(Condition("running"), map(Condition.parse, kinds))
-    return str(found) if found else None
+def _test_images(run: Run) -> str | None:
+    try:
+        return repr((read_json(run.path / "data.json") or {})["splits"]["test"]["hashes"])
+    except (LookupError, TypeError):  # a run made before this was recorded
+        return None
+
+
+def _comparison(run: Run) -> Comparison | None:
+    content = _printable(run.comparison())
+    if content is None:
+        return None
+    try:
+        return Comparison.from_dict(
+            content, "best" if content.get("weights") == "best" else "trained"
+        )
+    except UserError as error:
+        raise UserError(f"{run.path}/comparison.json is damaged: {error}") from None
+
+
+def _printable(value: Any) -> Any:
+    """The same with every text as it can be shown: a record may hold control characters, and
+    halves of characters, that neither a page nor a terminal takes."""
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value

@@ -46,11 +46,10 @@ class Averages:
     def __init__(self, rules: Mapping[str, Ema | Cumulative], start: Tensor) -> None:
         self._row = {name: row for row, name in enumerate(rules)}
         self._initial = {name: rule.initial_weight_sum for name, rule in rules.items()}
-        options = {"dtype": start.dtype, "device": start.device}
         self.values = start.repeat(len(rules), 1, 1)
         decays = [rule.decay for rule in rules.values()]
-        self.decay = torch.tensor(decays, **options).view(-1, 1, 1)
-        weights = torch.tensor(list(self._initial.values()), **options)
+        self.decay = start.new_tensor(decays).view(-1, 1, 1)
+        weights = start.new_tensor(list(self._initial.values()))
         self.weight_sum = weights.view(-1, 1, 1).repeat(1, 1, start.shape[1])
 
     def update(self, batch: Tensor, counts: Callable[[], Tensor], seen: Tensor | None) -> None:

@@ -22,6 +22,7 @@ from bnexp.nn.intercept import normalized_by
 from bnexp.statistics.forward import Done, Normalizer, Population, Task, copied, no_batches
 from bnexp.statistics.layer_by_layer import (
     Call,
+    PathsDiffer,
     PopulationCall,
     all_calls_together,
     by_layer,
@@ -76,22 +77,29 @@ class Dependent(Exception):
     """Passes can't be interleaved, for the reason in the text."""
 
 
+class _PassFailed(Exception):
+    """The model raised (`__cause__`) in the pass of batch `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def exact(task: Task) -> dict[str, Population]:
     """Population statistics of each call of a BN layer, below it those of all calls before.
 
     In one sweep, or layer by layer where passes influence one another. `task.calls` "joint": of
     all calls of a layer together, if one is called several times.
     """
-    given = ModelState(task.model)
     # Whoever makes batches may use their memory again for the next.
-    batches: Iterator[Any] = (b if task.borrowed else copied(b) for b in task.batches)
+    batches: Iterator[Any] = (copied(b) if task.held is None else b for b in task.batches)
     start = list(itertools.islice(batches, 2))
     if not start:
         raise no_batches()
-    probe = Probe.of(task, start[0], given)
+    probe = Probe.of(task, start[0], task.given)
     several = [name for name, calls in Counter(c.name for c in probe.calls).items() if calls > 1]
     if several and task.calls == "joint":
-        return all_calls_together(task, [*start, *batches], given)
+        return all_calls_together(task, [*start, *batches])
     if several:
         _warn(
             f"called several times per pass: {', '.join(several)}. Each call was normalized with "
@@ -102,35 +110,32 @@ def exact(task: Task) -> dict[str, Population]:
         return by_layer(PopulationCall.of([call]) for call in probe.calls)
     reason = probe.change
     if reason is not None:  # perhaps a cache, which is filled once: does it change again?
-        probe = Probe.of(task, start[0], ModelState(task.model))
-        reason = probe.change
-    rest: Iterator[Any] = itertools.chain(start, batches)
+        reason = Probe.of(task, start[1], ModelState(task.model)).change
     if reason is None:
         try:
-            return by_layer(_swept(task, probe, rest))
+            return by_layer(_swept(task, probe, itertools.chain(start, batches)))
         except Dependent as dependent:
             reason = str(dependent)
-            if not task.borrowed:
+            if task.held is None:
                 raise UserError(
                     f"the model's forward passes influence one another ({reason}), so 'exact' "
                     "needs each batch several times: pass a list of batches, or use "
                     "method='pooled'"
                 ) from None
-            rest = iter(task.batches)
     passes = len(probe.calls) + 1
     _warn(
-        f"the model's forward passes influence one another ({reason}), so 'exact' runs them one "
-        f"after the other, once per BN layer: {passes} passes over the batches instead of one"
+        f"the model's forward passes may influence one another ({reason}), so 'exact' runs them "
+        f"one after the other, once per BN layer: {passes} passes over the batches instead of one"
     )
-    held = list(rest)
+    held = task.held or [*start, *batches]
     task.report.start(passes * len(held))
-    return by_layer(layer_by_layer(task, held, given))
+    return by_layer(layer_by_layer(task, held))
 
 
 def memory_estimate(task: Task) -> MemoryEstimate:
     """Takes and runs the first batch."""
     for batch in task.batches:
-        return Probe.of(task, batch, ModelState(task.model)).estimate(task)
+        return Probe.of(task, batch, task.given).estimate(task)
     raise no_batches()
 
 
@@ -138,8 +143,8 @@ def memory_estimate(task: Task) -> MemoryEstimate:
 class Probe:
     """One batch's pass alone: the way through the model, and what it held where, at most `working`.
 
-    change: what differed from the model's state before the pass when a BN layer was called, so
-    that another pass would meet it if this one waited there.
+    change: what another pass would meet if this one waited at a BN layer: what differs there from
+    the model's state before, or a block that may put something back.
     """
 
     calls: list[Call]
@@ -150,27 +155,26 @@ class Probe:
     def of(task: Task, batch: Any, state: ModelState) -> Probe:
         memory = PassMemory()
         calls: list[Call] = []
-        change = None
+        change: str | None = None
+        blocks = task.run.blocks()
         with OffloadMode(OffloadStore()) as mode:
 
             def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
                 nonlocal change
                 held = memory.bytes
                 with mode.uncounted():
-                    change = change or state.change()
+                    change = change or state.change() or blocks.find()
                     calls.append(Call.of(name, x, held))
                     normalizer = Normalizer.by_its_own(calls[-1].moments, x)
                 if name == task.stop_after:
                     raise Done
                 return normalizer.normalize(x, weight, bias, eps)
 
-            with normalized_by(task.layers, normalize), contextlib.suppress(Done):
-                if task.borrowed:
-                    batch = copied(batch)
+            with normalized_by(task.layers, normalize):
+                if task.held is None:  # then its input counts as the pass's own
                     mode.current = memory
-                else:  # then it counts as the pass's own
-                    mode.current = memory
-                    batch = copied(batch)
+                batch = copied(batch)
+                mode.current = memory
                 task.run.try_out(batch)
         if not calls:
             raise UserError("the forward pass reaches no BN layer: nothing to recompute")
@@ -188,9 +192,9 @@ def _swept(task: Task, probe: Probe, batches: Iterator) -> list[PopulationCall]:
     task.report.note(str(estimate))
     legs = len(probe.calls) + (task.stop_after is None)
     task.report.start(estimate.batches and estimate.batches * legs)
-    state = ModelState(task.model)
+    path = [call.name for call in probe.calls]
     if estimate.elsewhere == 0:
-        sweep = _Sweep(task, state, Lockstep())
+        sweep = _Sweep(task, path, Lockstep())
         sweep.run(batches)
         return sweep.population
     first = next(batches)
@@ -217,7 +221,7 @@ def _swept(task: Task, probe: Probe, batches: Iterator) -> list[PopulationCall]:
     with contextlib.closing(OffloadStore(host)) as store, OffloadMode(store) as mode:
         lockstep = Lockstep(mode, estimate.bound, estimate.working)
         try:
-            sweep = _Sweep(task, state, lockstep, mode)
+            sweep = _Sweep(task, path, lockstep, mode)
             sweep.run(batches)
         except OSError as error:
             if error is not store.error:
@@ -242,27 +246,45 @@ class _Sweep:
     """
 
     def __init__(
-        self, task: Task, state: ModelState, lockstep: Lockstep, mode: OffloadMode | None = None
+        self,
+        task: Task,
+        path: list[str],
+        lockstep: Lockstep,
+        mode: OffloadMode | None = None,
     ) -> None:
         self.population: list[PopulationCall] = []
         self._task = task
-        self._state = state
+        self._state = ModelState(task.model)
+        self._path = path
         self._lockstep = lockstep
         self._mode = mode
-        self._own_input = mode is not None and not task.borrowed
+        self._blocks = task.run.blocks()
+        self._open: str | None = None
+        self._own_input = mode is not None and task.held is None
         # Batches that may be run again, by number, and what each saw.
         self._kept: dict[int, Any] = {}
         self._seen: dict[int, list[Moments]] = {}
 
     def run(self, batches: Iterator) -> None:
-        with normalized_by(self._task.layers, self._normalize):
-            self._lockstep.run(self._jobs(batches), self._meet, self._task.report.advance)
+        try:
+            with normalized_by(self._task.layers, self._normalize):
+                self._lockstep.run(self._jobs(batches), self._meet, self._task.report.advance)
+        except (PathsDiffer, _PassFailed) as error:
+            if self._task.held is not None:
+                self._kept[error.number] = self._task.held[error.number]
+            if error.number in self._kept and self._goes_alone(self._kept[error.number]):
+                raise Dependent(
+                    f"batch number {error.number}, counted from 0, comes to its end alone and not "
+                    "among others"
+                ) from error
+            raise error.__cause__ or error from None
         for number, seen in self._seen.items():
             self._check(self._kept[number], seen)
 
     def _normalize(self, name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
         with self._mode.uncounted() if self._mode else contextlib.nullcontext():
             call = Call.of(name, x)
+        self._open = self._open or self._blocks.find()
         return self._lockstep.wait(call).normalize(x, weight, bias, eps)
 
     def _jobs(self, batches: Iterator) -> Iterator[Callable[[], None]]:
@@ -270,22 +292,45 @@ class _Sweep:
             if number > 2:
                 del self._kept[number - 1]
             self._kept[number] = batch
-            yield functools.partial(self._job, [batch])
+            yield functools.partial(self._job, number, [batch])
 
-    def _job(self, cell: list) -> None:
-        if self._own_input:  # so that it may wait elsewhere too
-            cell.append(copied(cell.pop()))
-        self._task.run(cell.pop())
+    def _job(self, number: int, cell: list) -> None:
+        try:
+            if self._own_input:  # so that it may wait elsewhere too
+                cell.append(copied(cell.pop()))
+            self._task.run(cell.pop())
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            raise _PassFailed(number) from error
 
     def _meet(self, items: list) -> object:
         """All batches have arrived: the population statistics of this call are final."""
-        if change := self._state.change():
+        if change := self._open or self._state.change():
             raise Dependent(change)
         call = PopulationCall.of([None if item is FINISHED else item for item in items])
         self.population.append(call)
         for number in {1, len(items) - 1, *([0] if len(items) <= 3 else [])}:
             self._seen.setdefault(number, []).append(items[number].moments)
         return STOP if call.name == self._task.stop_after else call.normalizer
+
+    def _goes_alone(self, batch: Any) -> bool:
+        """Whether a batch's pass, alone, calls the layers that the first batch's called."""
+        names = []
+
+        def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
+            names.append(name)
+            if name == self._task.stop_after:
+                raise Done
+            return Normalizer.by_its_own(moments(x), x).normalize(x, weight, bias, eps)
+
+        self._state.restore()
+        with normalized_by(self._task.layers, normalize):
+            try:
+                self._task.run(batch)
+            except Exception:
+                return False
+        return names == self._path
 
     def _check(self, batch: Any, seen: list[Moments]) -> None:
         expected = zip(self.population, seen, strict=True)
@@ -303,7 +348,7 @@ class _Sweep:
             wrong = wrong or name
             return Normalizer.by_its_own(m, x).normalize(x, weight, bias, eps)
 
-        with normalized_by(self._task.layers, normalize), contextlib.suppress(Done):
+        with normalized_by(self._task.layers, normalize):
             self._task.run(batch)
         if wrong is not None:
             raise Dependent(f"seen at BN layer {wrong!r}")

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bnexp.errors import NotFinite, UserError
+from bnexp.nn.inference import ModelState
 from bnexp.statistics.moments import Moments
+from bnexp.statistics.open_blocks import OpenBlocks
+from bnexp.statistics.pass_settings import PassSettings
 from bnexp.statistics.progress import Report
+from bnexp.torch_internals import BatchNormBase
+from bnexp.torch_internals import version as version_of
 
 # Normalizing as x·scale + shift in float32 loses log2(|mean| / std) bits; beyond this ratio it
 # is done in float64.
@@ -45,12 +50,13 @@ class Population:
 class Task:
     """One recomputation: the model and its BN layers, what to run it on, and who is told.
 
-    memory: bound in bytes on what waits. stop_after: the last layer wanted, None for all. calls:
-    what "exact" does with layers that are called several times.
+    given: the model as it was. memory: bound in bytes on what waits. stop_after: the last layer
+    wanted, None for all. calls: what "exact" does with layers that are called several times.
     """
 
     model: nn.Module
-    layers: dict[str, nn.Module]
+    given: ModelState
+    layers: dict[str, BatchNormBase]
     batches: Iterable
     run: Runner
     device: torch.device
@@ -60,9 +66,10 @@ class Task:
     report: Report
 
     @property
-    def borrowed(self) -> bool:
-        """Whether the caller holds all batches anyway, so that they cost no further memory."""
-        return isinstance(self.batches, (list, tuple))
+    def held(self) -> Sequence | None:
+        """The batches, where the caller holds them all anyway: they can be run again, and cost no
+        further memory."""
+        return self.batches if isinstance(self.batches, (list, tuple)) else None
 
     @property
     def length(self) -> int | None:
@@ -76,13 +83,23 @@ class Task:
 class Runner:
     """Runs the model on a batch, and lets it write into none of the caller's tensors.
 
-    It gets copies, until `try_out` has seen that it does not work in place on its input.
+    It gets copies, until `try_out` has seen that it does not work in place on its input. A pass
+    that `Done` ends leaves nothing that it had set.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, forward: Forward | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        forward: Forward | None,
+        given: ModelState,
+        settings: PassSettings,
+    ) -> None:
         self._model = model
         self._device = device
         self._forward = forward
+        self._given = given
+        self._settings = settings
         self._writes = True
 
     def try_out(self, batch: Any) -> None:
@@ -90,15 +107,25 @@ class Runner:
         before = _versions(batch)
         try:
             self._run(batch)
-        finally:
-            self._writes = any(version is None or t._version != version for t, version in before)
+        except Done:
+            self._undo()
+        self._writes = any(version is None or version_of(t) != version for t, version in before)
 
     def __call__(self, batch: Any) -> None:
-        if self._writes:
-            batch = copied(batch)
-        cell = [batch]
+        cell = [copied(batch) if self._writes else batch]
         del batch
-        self._run(cell.pop())
+        try:
+            self._run(cell.pop())
+        except Done:
+            self._undo()
+
+    def blocks(self) -> OpenBlocks:
+        """To find the `with` and `try` blocks of the model's, between here and a BN layer."""
+        return OpenBlocks(Runner._run.__code__)
+
+    def _undo(self) -> None:
+        self._given.restore()
+        self._settings.restore()
 
     def _run(self, batch: Any) -> None:
         if self._forward is not None:
@@ -117,7 +144,7 @@ class Runner:
 
 def _versions(batch: Any) -> list[tuple[Tensor, int | None]]:
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    return [(t, None if t.is_inference() else t._version) for t in tensors]
+    return [(t, None if t.is_inference() else version_of(t)) for t in tensors]
 
 
 def copied(batch: Any) -> Any:

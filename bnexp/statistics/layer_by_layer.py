@@ -6,7 +6,6 @@ in one sweep. And the statistics of all calls of a layer together, found in the 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnexp.errors import UserError
-from bnexp.nn.inference import ModelState, random_states_kept
+from bnexp.nn.inference import random_states_kept
 from bnexp.nn.intercept import Normalize, normalized_by
 from bnexp.statistics.forward import (
     Done,
@@ -47,6 +46,18 @@ class Call:
         return Call(name, moments(x), x.dtype, x.device, held)
 
 
+class PathsDiffer(UserError):
+    """The pass of batch `number` calls other layers than that of batch 0."""
+
+    def __init__(self, number: int, here: str | None, first: str | None) -> None:
+        super().__init__(
+            f"batch number {number} (counted from 0) goes on to {_place(here)} where batch 0 goes "
+            f"on to {_place(first)}: the model's path depends on its data, so 'exact' is not "
+            "defined for it; use method='pooled'"
+        )
+        self.number = number
+
+
 @dataclass(frozen=True)
 class PopulationCall:
     """The same call in the passes of all batches: its moments over the population."""
@@ -61,11 +72,7 @@ class PopulationCall:
         names = [None if call is None else call.name for call in calls]
         for number, name in enumerate(names):
             if name != names[0]:
-                raise UserError(
-                    f"batch number {number} (counted from 0) goes on to {_place(name)} where "
-                    f"batch 0 goes on to {_place(names[0])}: the model's path depends on its "
-                    "data, so 'exact' is not defined for it; use method='pooled'"
-                )
+                raise PathsDiffer(number, name, names[0])
         reached = [call for call in calls if call is not None]
         first = reached[0]
         whole = _merged(first.name, [(n, call.moments) for n, call in enumerate(reached)])
@@ -83,10 +90,10 @@ def by_layer(population: Iterable[PopulationCall]) -> dict[str, Population]:
     return {name: Population.of(parts) for name, parts in calls.items()}
 
 
-def layer_by_layer(task: Task, batches: Sequence, given: ModelState) -> list[PopulationCall]:
+def layer_by_layer(task: Task, batches: Sequence) -> list[PopulationCall]:
     """The population's calls in order: for each a pass over all batches, and one for the end.
 
-    Passes run one after the other, each to its end, each from the model as it was `given`, and
+    Passes run one after the other, each to its end, each from the model as it was given, and
     with the same random numbers every time.
     """
     population: list[PopulationCall] = []
@@ -113,7 +120,7 @@ def layer_by_layer(task: Task, batches: Sequence, given: ModelState) -> list[Pop
                 raise Done
             return Normalizer.by_its_own(call.moments, x).normalize(x, weight, bias, eps)
 
-        _run(task, batch, normalize, given)
+        _run(task, batch, normalize)
         return arrived
 
     while not population or population[-1].name != task.stop_after:
@@ -129,7 +136,7 @@ def layer_by_layer(task: Task, batches: Sequence, given: ModelState) -> list[Pop
 _ROUNDS = 100
 
 
-def all_calls_together(task: Task, batches: Sequence, given: ModelState) -> dict[str, Population]:
+def all_calls_together(task: Task, batches: Sequence) -> dict[str, Population]:
     """Statistics with which inference meets these very statistics, over all calls of each layer.
 
     A fixed point, found by rounds: in each, every layer normalizes with what the round before
@@ -140,7 +147,7 @@ def all_calls_together(task: Task, batches: Sequence, given: ModelState) -> dict
     found: dict[str, Moments] = {}
     change = float("inf")
     for _ in range(len(task.layers) + _ROUNDS):
-        before, found = found, _round(task, batches, given, found)
+        before, found = found, _round(task, batches, found)
         last, change = change, _change(before, found)
         if change <= 1e-6 or (last <= change <= 1e-4):  # rounding goes on for ever
             return {name: Population.of([m]) for name, m in found.items()}
@@ -151,9 +158,7 @@ def all_calls_together(task: Task, batches: Sequence, given: ModelState) -> dict
     )
 
 
-def _round(
-    task: Task, batches: Sequence, given: ModelState, known: dict[str, Moments]
-) -> dict[str, Moments]:
+def _round(task: Task, batches: Sequence, known: dict[str, Moments]) -> dict[str, Moments]:
     """Each layer's moments over all its calls, with layers normalizing with what is `known`."""
     parts: dict[str, list[tuple[int, Moments]]] = {}
     normalizers: dict[tuple[str, torch.dtype], Normalizer] = {}
@@ -171,7 +176,7 @@ def _round(
 
     with random_states_kept(task.model):
         for number, batch in enumerate(batches):  # noqa: B007
-            _run(task, batch, normalize, given)
+            _run(task, batch, normalize)
     return {name: _merged(name, calls) for name, calls in parts.items()}
 
 
@@ -188,9 +193,9 @@ def _change(a: dict[str, Moments], b: dict[str, Moments]) -> float:
     return worst
 
 
-def _run(task: Task, batch: Any, normalize: Normalize, given: ModelState) -> None:
-    given.restore()
-    with normalized_by(task.layers, normalize), contextlib.suppress(Done):
+def _run(task: Task, batch: Any, normalize: Normalize) -> None:
+    task.given.restore()
+    with normalized_by(task.layers, normalize):
         task.run(batch)
     task.report.advance()
 

@@ -117,7 +117,7 @@ def _native_mean_and_var(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]
     """Float64 mean and biased variance by ATen's statistics kernel, of float32 `x` on the CPU.
 
     For `channels_last` and 2-d input that kernel adds up all the rows in float32 one after the
-    other, which costs 1e-5 of the variance at 100 000 rows and more where values are skewed. So
+    other, which costs 1e-5 of the variance at 100,000 rows and more where values are skewed. So
     no call gets more than `_MOST_ROWS` rows, and k short rows are read as one of k·C channels,
     which gives k independent, shorter sums at no cost. All are merged here in float64; by numpy,
     whose calls on so few numbers take a third of the time of torch's.

@@ -101,20 +101,30 @@ class PassSettings:
     def elsewhere(self) -> Iterator[None]:
         """Within the block the base holds, behind it again what the pass had set."""
         with contextlib.ExitStack() as stack:
-            # Bound to the order in which they were entered, so not to be set like the rest.
-            while internals.function_modes() > self._function_modes:
-                stack.callback(internals.push_function_mode, internals.pop_function_mode())
-            while internals.dispatch_modes() > self._dispatch_modes:
-                stack.callback(internals.push_dispatch_mode, internals.pop_dispatch_mode())
-            while (hooks := internals.saved_tensor_hooks()) not in (self._hooks, None):
-                internals.pop_saved_tensor_hooks()
-                stack.callback(internals.push_saved_tensor_hooks, hooks)
+            self._put_aside(stack.callback)
             if torch.is_inference_mode_enabled() != self._inference:
                 stack.enter_context(torch.inference_mode(self._inference))
-            for (read, write), base in zip(self._settings, self._base, strict=True):
-                own = read()
-                # Lists (of warning filters) are changed in place.
-                if own is not base and (isinstance(own, list) or own != base):
-                    stack.callback(write, own)
-                    write(base)
+            self._write_base(stack.callback)
             yield
+
+    def restore(self) -> None:
+        """Back to the base, from what a pass left that was cut short; but for modes and hooks."""
+        self._write_base(lambda *_: None)
+
+    def _put_aside(self, undo: Callable) -> None:
+        """Leave what is bound to the order in which it was entered."""
+        while internals.function_modes() > self._function_modes:
+            undo(internals.push_function_mode, internals.pop_function_mode())
+        while internals.dispatch_modes() > self._dispatch_modes:
+            undo(internals.push_dispatch_mode, internals.pop_dispatch_mode())
+        while (hooks := internals.saved_tensor_hooks()) not in (self._hooks, None):
+            internals.pop_saved_tensor_hooks()
+            undo(internals.push_saved_tensor_hooks, hooks)
+
+    def _write_base(self, undo: Callable) -> None:
+        for (read, write), base in zip(self._settings, self._base, strict=True):
+            own = read()
+            # Lists (of warning filters) are changed in place.
+            if own is not base and (isinstance(own, list) or own != base):
+                undo(write, own)
+                write(base)

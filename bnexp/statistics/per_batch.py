@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Protocol
 
 import torch
@@ -99,8 +98,7 @@ def _accumulated(task: Task, accumulator: type[Accumulator]) -> dict[str, Popula
     task.report.start(task.length)
     with normalized_by(task.layers, normalize):
         for number, batch in enumerate(task.batches):
-            with contextlib.suppress(Done):
-                task.run(batch) if number else task.run.try_out(copied(batch))
+            task.run(batch) if number else task.run.try_out(copied(batch))
             if number % _TOGETHER == _TOGETHER - 1:
                 accumulate()
             task.report.advance()

@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 from bnexp.nn.find import batchnorm_layers
-from bnexp.nn.inference import eagerly, inference
+from bnexp.nn.inference import ModelState, eagerly, inference
 from bnexp.nn.intercept import normalized_by
 from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics.exact import MemoryEstimate, exact, memory_estimate
 from bnexp.statistics.forward import Calls, Forward, Population, Runner, Task, device_of, need_two
+from bnexp.statistics.methods import Method
+from bnexp.statistics.pass_settings import PassSettings
 from bnexp.statistics.per_batch import batch_mean, pooled
 from bnexp.statistics.progress import Progress, Report, reporting
 from bnexp.statistics.spill import memory_bound
 from bnexp.statistics.statistics import Statistics
 from bnexp.torch_internals import original_module
-
-Method = Literal["batch-mean", "pooled", "exact"]
 
 METHODS: dict[Method, Callable[[Task], dict[str, Population]]] = {
     "batch-mean": batch_mean,
@@ -112,7 +112,7 @@ def recompute_statistics(
     choose_ranks(ranks, "recomputing statistics")
     with (
         reporting(progress, method) as report,
-        _task(model, batches, device, memory, forward, stop_after, calls, report) as task,
+        prepared_task(model, batches, device, memory, forward, stop_after, calls, report) as task,
     ):
         found = METHODS[method](task)
     unreached = [name for name in task.layers if name not in found]
@@ -143,12 +143,12 @@ def estimate_memory(
     Takes the first of `batches` and runs it once. Mutates nothing else.
     """
     report = Report()
-    with _task(model, batches, device, memory, forward, stop_after, "each", report) as task:
+    with prepared_task(model, batches, device, memory, forward, stop_after, "each", report) as task:
         return memory_estimate(task)
 
 
 @contextlib.contextmanager
-def _task(
+def prepared_task(
     model: nn.Module,
     batches: Iterable,
     device: torch.device | str | None,
@@ -171,9 +171,13 @@ def _task(
         )
     device = torch.device(device) if device is not None else device_of(model)
     bound = memory_bound(memory, device)
-    run = Runner(model, device, forward)
     with eagerly(), inference(model):
-        yield Task(model, layers, batches, run, device, bound, stop_after, calls, report)
+        given, settings = ModelState(model), PassSettings()
+        run = Runner(model, device, forward, given, settings)
+        try:
+            yield Task(model, given, layers, batches, run, device, bound, stop_after, calls, report)
+        finally:
+            settings.restore()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
 from bnexp.nn.find import batchnorm_layers, flush
+from bnexp.torch_internals import BatchNormBase
 
+_BUFFERS = ("running_mean", "running_var")
 _FORMAT = "bnexp.Statistics"
 _VERSION = 1
 
@@ -60,14 +63,12 @@ class Statistics:
         channels = sum(mean.numel() for mean in self.mean.values())
         return f"Statistics({len(self)} layers, {channels} channels)"
 
-    def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
+    def _layers(self, model: nn.Module) -> dict[str, BatchNormBase]:
         """The layers of `model` that these statistics are for; UserError if any does not fit."""
         layers = batchnorm_layers(model)
         for name, mean in self.mean.items():
             if name not in layers:
-                raise UserError(
-                    f"the model has no BN layer {name!r}: these statistics are of another model"
-                )
+                raise UserError(f"the model has no BN layer {name!r}: {_other_model(name, layers)}")
             if layers[name].num_features != mean.numel():
                 raise UserError(
                     f"BN layer {name!r} has {layers[name].num_features} channels, its statistics "
@@ -84,19 +85,21 @@ class Statistics:
         (rounded to their dtype), so views of them stay valid; `num_batches_tracked` and layers
         that these statistics do not name are left alone.
 
-        Raises UserError if a name or a number of channels does not fit the model, or if a layer
-        keeps no running statistics (`track_running_stats=False`): such a layer always
-        normalizes with its mini-batch, so nothing copied could take effect. `applied_to` does
-        serve such layers.
+        Raises UserError if a name or a number of channels does not fit the model, if a finite
+        value is beyond what the buffer's dtype can hold (65504 in float16), or if a layer keeps no
+        running statistics (`track_running_stats=False`): such a layer always normalizes with its
+        mini-batch, so nothing copied could take effect. `applied_to` does serve such layers.
         """
-        layers = self._layers(model)
-        for name, layer in layers.items():
-            if layer.running_mean is None or layer.running_var is None:
+        buffers = {}
+        for name, layer in self._layers(model).items():
+            mean, var = layer.running_mean, layer.running_var
+            if mean is None or var is None:
                 raise UserError(
                     f"BN layer {name!r} keeps no running statistics (track_running_stats=False), "
                     "so they cannot be copied into it: use applied_to, or build it with them"
                 )
-        _write(layers, self)
+            buffers[name] = mean, var
+        _write(buffers, self)
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -107,30 +110,33 @@ class Statistics:
         """
         layers = self._layers(model)
         placement = _placement(model)
-        own = {n: (layer.running_mean, layer.running_var) for n, layer in layers.items()}
-        with torch.no_grad():
-            saved = {
-                name: tuple(None if t is None else t.clone() for t in pair)
-                for name, pair in own.items()
-            }
+        own = {name: (layer.running_mean, layer.running_var) for name, layer in layers.items()}
+        lent = {
+            name: (
+                torch.empty_like(self.mean[name], **placement) if mean is None else mean,
+                torch.empty_like(self.var[name], **placement) if var is None else var,
+            )
+            for name, (mean, var) in own.items()
+        }
+        saved = {
+            name: tuple(None if t is None else t.detach().clone() for t in pair)
+            for name, pair in own.items()
+        }
         try:
-            for name, layer in layers.items():
-                if layer.running_mean is None:
-                    layer.running_mean = torch.empty_like(self.mean[name], **placement)
-                if layer.running_var is None:
-                    layer.running_var = torch.empty_like(self.var[name], **placement)
             with torch.no_grad():
-                _write(layers, self)
+                _write(lent, self)
+            for name, layer in layers.items():
+                for key, missing, loan in zip(_BUFFERS, own[name], lent[name], strict=True):
+                    if missing is None:
+                        setattr(layer, key, loan)
             yield model
         finally:
             with torch.no_grad():
                 for name, layer in layers.items():
-                    for attribute, buffer, value in zip(
-                        ("running_mean", "running_var"), own[name], saved[name], strict=True
-                    ):
-                        if buffer is not None:
+                    for key, buffer, value in zip(_BUFFERS, own[name], saved[name], strict=True):
+                        if buffer is not None and value is not None:
                             buffer.copy_(value)
-                        setattr(layer, attribute, buffer)
+                        setattr(layer, key, buffer)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to `path`, atomically: it holds the old file or the new one, never a part."""
@@ -180,38 +186,77 @@ def running_statistics(model: nn.Module) -> Statistics:
     Tensors are clones with the dtype and device of the buffers; `count` is the layer's
     `num_batches_tracked`. Mutates nothing.
     """
-    layers = {
-        name: layer
-        for name, layer in batchnorm_layers(model).items()
-        if layer.running_mean is not None and layer.running_var is not None
-    }
+    layers = batchnorm_layers(model)
     flush(layers.values())
-    return Statistics(
-        {name: layer.running_mean.detach().clone() for name, layer in layers.items()},
-        {name: layer.running_var.detach().clone() for name, layer in layers.items()},
-        dict(zip(layers, _batches_tracked(layers.values()), strict=True)),
-    )
+    mean, var, count = {}, {}, {}
+    for name, layer in layers.items():
+        if layer.running_mean is not None and layer.running_var is not None:
+            mean[name] = layer.running_mean.detach().clone()
+            var[name] = layer.running_var.detach().clone()
+            count[name] = layer.num_batches_tracked
+            if var[name].dtype == torch.float16 and not var[name].isfinite().all():
+                warnings.warn(
+                    f"BN layer {name!r} has variances that are not finite in its float16 buffer, "
+                    "which holds no more than 65504: keep BN layers in float32",
+                    stacklevel=2,
+                )
+    return Statistics(mean, var, _as_numbers(count))
 
 
-def _batches_tracked(layers) -> list[int]:
-    """`num_batches_tracked` of each layer, with one transfer per device."""
-    counts = [layer.num_batches_tracked for layer in layers]
-    by_device: dict[torch.device, list[int]] = {}
-    for index, count in enumerate(counts):
-        if isinstance(count, Tensor):
-            by_device.setdefault(count.device, []).append(index)
-    numbers = [0] * len(counts)
-    for indices in by_device.values():
-        values = torch.stack([counts[i].reshape(()) for i in indices]).tolist()
-        for index, value in zip(indices, values, strict=True):
-            numbers[index] = int(value)
+def _as_numbers(counts: Mapping[str, Tensor | None]) -> dict[str, int]:
+    """Each tensor's one number, 0 where there is none, with one transfer per device."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, count in counts.items():
+        if count is not None:
+            by_device.setdefault(count.device, []).append(name)
+    numbers = dict.fromkeys(counts, 0)
+    for names in by_device.values():
+        values = torch.stack([torch.as_tensor(counts[name]).reshape(()) for name in names])
+        numbers |= zip(names, map(int, values.tolist()), strict=True)
     return numbers
 
 
-def _write(layers: dict[str, nn.Module], statistics: Statistics) -> None:
-    for name, layer in layers.items():
-        layer.running_mean.copy_(statistics.mean[name])
-        layer.running_var.copy_(statistics.var[name])
+def _write(buffers: Mapping[str, tuple[Tensor, Tensor]], statistics: Statistics) -> None:
+    pairs = [
+        pair
+        for name, (mean, var) in buffers.items()
+        for pair in (
+            (f"mean of BN layer {name!r}", mean, statistics.mean[name]),
+            (f"variance of BN layer {name!r}", var, statistics.var[name]),
+        )
+    ]
+    for what, buffer, value in pairs:
+        check_range(what, value, buffer.dtype)
+    for _, buffer, value in pairs:
+        buffer.copy_(value)
+
+
+def check_range(what: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise UserError if a finite number in `value` would be infinite in `dtype`. Waits for the
+    device where `dtype` has the smaller range."""
+    largest = torch.finfo(dtype).max
+    if torch.finfo(value.dtype).max <= largest:
+        return
+    beyond = value[value.isfinite() & ~value.to(dtype).isfinite()]
+    if beyond.numel():
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"the {what} is {beyond.abs().max().item():.4g}, beyond {largest:g}, the largest "
+            f"number of its {kind} buffer: keep BN layers in float32 (layer.float(); inputs may "
+            "be of less)"
+        )
+
+
+def _other_model(name: str, layers: Mapping[str, nn.Module]) -> str:
+    """Why statistics of the layer `name` are not of a model with `layers`."""
+    if f"module.{name}" in layers:
+        return "it is wrapped (DataParallel, AveragedModel, ...): use the model inside, `.module`"
+    if name.removeprefix("module.") in layers:
+        return (
+            "these statistics are of a wrapped model (DataParallel, AveragedModel, ...): take "
+            "them from the model inside, `.module`"
+        )
+    return "these statistics are of another model"
 
 
 def _placement(model: nn.Module) -> dict[str, Any]:

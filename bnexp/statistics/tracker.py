@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm
-from bnexp.nn.convert import convert_batchnorm, unsupported_layers
-from bnexp.nn.find import batchnorm_layers
+from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm, turn_into
+from bnexp.nn.convert import followed_layers
+from bnexp.nn.find import batchnorm_layers, refuse_replicas
 from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics.banks import Bank
 from bnexp.statistics.rules import Rule
-from bnexp.statistics.statistics import Statistics
-from bnexp.torch_internals import outside_of_graphs, version
+from bnexp.statistics.statistics import Statistics, check_range
+from bnexp.torch_internals import BatchNormBase, outside_of_graphs, version
+
+_Conversion = tuple[TrackedBatchNorm, type[BatchNormBase]]
 
 # How many sets of layers that took part in a step are remembered on the device.
 _PATTERNS = 64
@@ -59,7 +61,9 @@ class StatisticsTracker:
     * activation checkpointing: the forward pass that is repeated inside the backward pass does
       not count again (with plain PyTorch layers it does). Checkpointing a compiled model is not
       supported while it is tracked;
-    * layers with `track_running_stats=False` are left alone.
+    * layers with `track_running_stats=False` are left alone, and so is a layer while its
+      `momentum` is set to None, as `torch.optim.swa_utils.update_bn` and the like do and undo: it
+      averages by itself, into its buffers.
 
     **The buffers** are views into the tracker's memory. `model.to(...)`, `half()` and
     `load_state_dict` work at any time. A first estimator that is a plain `Ema` goes on from
@@ -70,7 +74,8 @@ class StatisticsTracker:
     Sums are kept in float64 (float32 on MPS, which has no other).
 
     Args:
-        model: any module; its BN layers must be `torch.nn`'s, bnexp's, or subclasses of bnexp's.
+        model: any module with BN layers of `torch.nn` or bnexp, or subclasses of them that call
+            `F.batch_norm`.
         estimators: name -> rule. Before its first mini-batch, each reports the running buffers
             that the layer had when the tracker was made.
         ranks: `bnexp.ranks.Alone()` to follow this rank's mini-batches alone in a process group
@@ -78,9 +83,10 @@ class StatisticsTracker:
 
     Raises:
         UserError: no estimators, something else than an estimator, a layer that can't be
-            followed (`SyncBatchNorm`, a foreign subclass with its own forward, a lazy layer
-            without shape), a model that has a tracker already, or one of several ranks where
-            `ranks` chooses nothing. Nothing has changed then.
+            followed (`SyncBatchNorm`, a lazy layer without shape), a model that has a tracker
+            already, or one of several ranks where `ranks` chooses nothing; nothing has changed
+            then. In a forward pass: a subclass with a forward of its own that never calls
+            `F.batch_norm`.
     """
 
     def __init__(
@@ -105,9 +111,10 @@ class StatisticsTracker:
     def update(self) -> None:
         """Feed the batch moments that are waiting to all estimators. Call after each forward.
 
-        Mutates the estimators and the running buffers; needs no gradients and never waits for
-        the device. Does nothing if no layer ran since the last call. In a CUDA graph, capture it
-        together with the forward pass, after a step outside of the graph.
+        Mutates the estimators and the running buffers; needs no gradients. Does nothing if no
+        layer ran since the last call. Never waits for the device, unless buffers are float16: a
+        variance beyond their range raises UserError. In a CUDA graph, capture it together with
+        the forward pass, after a step outside of the graph.
         """
         if not self._closed:
             self._take_in(self._adopt_moved_buffers())
@@ -148,7 +155,10 @@ class StatisticsTracker:
             mean: dict[str, Tensor] = {}
             var: dict[str, Tensor] = {}
             for group in self._groups:
-                value = group.value(name).to(group.shown.dtype)
+                value = group.value(name)
+                if group.half:
+                    check_range(f"estimate {name!r}", value, torch.float16)
+                value = value.to(group.shown.dtype)
                 for layer, columns in group.columns.items():
                     mean[layer], var[layer] = value[0, columns].clone(), value[1, columns].clone()
             result[name] = Statistics(
@@ -215,7 +225,7 @@ class StatisticsTracker:
                 layer._buffers.update({name: view.clone() for name, view in views})
         for layer, parent in self._converted:
             if not layer.frozen and layer.normalization_batch is None:
-                layer.__class__ = parent
+                turn_into(layer, parent)
 
     def __enter__(self) -> StatisticsTracker:
         return self
@@ -235,7 +245,7 @@ class StatisticsTracker:
         """
         kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for index, layer in enumerate(self._layers.values()):
-            mean = layer.running_mean
+            mean = layer.get_buffer("running_mean")
             kinds.setdefault((mean.device, mean.dtype), []).append(index)
         with torch.inference_mode(False):
             self._groups = [
@@ -248,7 +258,7 @@ class StatisticsTracker:
         for group in self._groups:
             for layer, views in group.views:
                 for name, view in views:
-                    layer._buffers[name].copy_(view)
+                    layer.get_buffer(name).copy_(view)
         state = self._collect()
         self._attach()
         self._distribute(state)
@@ -260,13 +270,14 @@ class StatisticsTracker:
             for layer, views in group.views:
                 buffers = layer._buffers
                 for name, view in views:
-                    if buffers[name] is not view:
-                        if buffers[name] is None:
-                            raise UserError(
-                                f"{name} was removed from a layer that a StatisticsTracker "
-                                "follows; close() the tracker first"
-                            )
-                        view.copy_(buffers[name])
+                    buffer = buffers[name]
+                    if buffer is None:
+                        raise UserError(
+                            f"{name} was removed from a layer that a StatisticsTracker follows; "
+                            "close() the tracker first"
+                        )
+                    if buffer is not view:
+                        view.copy_(buffer)
                         moved = True
         return moved
 
@@ -310,7 +321,9 @@ class _Group:
         widths = torch.tensor([layer.num_features for layer in everything])
         ends = widths.cumsum(0)
         self.layer_index = torch.tensor(index)
-        self.channel_index = torch.cat([torch.arange(ends[i] - widths[i], ends[i]) for i in index])
+        self.channel_index = torch.cat(
+            [torch.arange(int(ends[i] - widths[i]), int(ends[i])) for i in index]
+        )
         self.layers_in_all, self.channels_in_all = len(everything), int(ends[-1])
         self.widths = widths[self.layer_index]
         starts = (self.widths.cumsum(0) - self.widths).tolist()
@@ -321,8 +334,8 @@ class _Group:
 
         self.shown = torch.stack(
             [
-                torch.cat([layer.running_mean for layer in mine]),
-                torch.cat([layer.running_var for layer in mine]),
+                torch.cat([layer.get_buffer(name) for layer in mine])
+                for name in ("running_mean", "running_var")
             ]
         )
         self.batch = torch.zeros_like(self.shown)
@@ -344,7 +357,8 @@ class _Group:
             self.views.append((layer, views))
             # One counter for each: a compiled layer's writes count, a native kernel's don't.
             mean, var = self.batch[:, columns]
-            layer.slot = MomentsSlot(feed, mean.data, var.data)
+            unused = layer.slot is not None and layer.slot.unused
+            layer.slot = MomentsSlot(feed, mean.data, var.data, unused)
             self.slots.append(layer.slot)
 
         kept_in = torch.float32 if device.type == "mps" else torch.float64
@@ -355,6 +369,7 @@ class _Group:
         self.banks = {kind: kind(mine, self.start) for kind, mine in by_kind.items()}
         self.bank_of = {name: self.banks[rule.bank()] for name, rule in rules.items()}
         self.shows = next(iter(rules))
+        self.half = self.shown.dtype == torch.float16
         self.values: list[int] = []
         self.count = self.start[0]
         self.seen: dict[tuple[bool, ...], tuple[Tensor, Tensor]] = {}
@@ -370,6 +385,8 @@ class _Group:
             return
         channels, layers = (None, 1) if all(filled) else self._which(filled)
         batch = self.batch.to(self.start.dtype)
+        if self.half:
+            self._check_half_precision()
         for bank in self.banks.values():
             bank.update(batch, self._counts, channels)
         self.counts.add_(layers)
@@ -384,6 +401,17 @@ class _Group:
             device = self.shown.device
             self.seen[filled] = layers.repeat_interleave(self.widths).to(device), layers.to(device)
         return self.seen[filled]
+
+    def _check_half_precision(self) -> None:
+        """The kernel left a variance beyond 65504 as infinity; of an input with infinities in it
+        the mean is infinite too."""
+        mean, var = self.batch
+        if bool((mean.isfinite() & var.isinf()).any()):
+            raise UserError(
+                "the variance of a mini-batch in a BN layer is beyond 65504, the largest number of "
+                "its float16 buffers: keep BN layers in float32 (layer.float(); inputs may be of "
+                "less)"
+            )
 
     def _counts(self) -> Tensor:
         """(C,) values per channel in this mini-batch, uploaded when they change."""
@@ -401,6 +429,8 @@ class _Group:
     def show(self, channels: Tensor | None) -> None:
         """Write the first estimator into the running buffers of the channels (C,) bool, or all."""
         value = self.value(self.shows)
+        if self.half:
+            check_range("running statistics", value, torch.float16)
         self.shown.copy_(value if channels is None else torch.where(channels, value, self.shown))
 
     def state(self) -> list[tuple[str, Tensor, int, Tensor, int]]:
@@ -416,19 +446,12 @@ class _Group:
         ]
 
 
-def _tracked_layers(
-    model: nn.Module,
-) -> tuple[dict[str, TrackedBatchNorm], list[tuple[TrackedBatchNorm, type[nn.Module]]]]:
+def _tracked_layers(model: nn.Module) -> tuple[dict[str, TrackedBatchNorm], list[_Conversion]]:
     """The layers to follow, as bnexp's layers, and those converted for it with their own class."""
+    refuse_replicas(model)
     layers = batchnorm_layers(model)
-    for name, layer in unsupported_layers(model).items():
-        raise UserError(
-            f"layer {name!r} is a {type(layer).__name__}, a class of its own that a "
-            "StatisticsTracker cannot follow; use torch.nn.BatchNorm1d/2d/3d or subclass bnexp's"
-        )
-    layers = {name: layer for name, layer in layers.items() if layer.running_mean is not None}
     for name, layer in layers.items():
-        if layer.running_mean.is_meta:
+        if layer.running_mean is not None and layer.running_mean.is_meta:
             raise UserError(
                 f"layer {name!r} is on the meta device, without memory: give it some first, by "
                 "to_empty(device=...)"
@@ -438,12 +461,15 @@ def _tracked_layers(
                 f"layer {name!r} has a StatisticsTracker already: close() it, or give all "
                 "estimators to one tracker"
             )
-    converted = [
-        (layer, type(layer)) for layer in layers.values() if not isinstance(layer, TrackedBatchNorm)
+    classes = {name: type(layer) for name, layer in layers.items()}
+    followed = followed_layers(model)
+    for name in [name for name, layer in followed.items() if layer.running_mean is None]:
+        turn_into(followed.pop(name), classes[name])
+    return followed, [
+        (layer, classes[name])
+        for name, layer in followed.items()
+        if classes[name] is not type(layer)
     ]
-    for layer, _ in converted:
-        convert_batchnorm(layer)
-    return layers, converted
 
 
 def _on_host(dtype: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ from bnexp.nn.find import batchnorm_layers
 from bnexp.statistics import Ema, StatisticsTracker
 from bnexp.statistics.rules import Estimator
 from bnexp.training.averages import EmaWeights, SwaWeights, WeightAverage
+from bnexp.training.checkpoints import BEST, BEST_ON_TEST
 from bnexp.training.guards import Best, Collapse, EarlyStopping, Plateau
 from bnexp.training.metrics import EmaAccuracy
 from bnexp.training.optimizer import build_optimizer
@@ -37,6 +38,14 @@ class Training:
     state: TrainingState
     steps_per_epoch: int
     total_steps: int
+
+    @property
+    def best_file(self) -> str | None:
+        """The checkpoint that the best evaluation is kept in; None where there is nothing to choose
+        it by."""
+        if self.config.checkpoints.best == "best-on-test":
+            return BEST_ON_TEST
+        return BEST if self.data.val is not None else None
 
     @property
     def learning_rate(self) -> float:

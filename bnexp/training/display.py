@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Protocol
 
 from rich.console import Console
@@ -62,11 +64,12 @@ class Silent:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        self.quiet = True  # whoever watched is gone; the run goes on
+        self.quiet = True  # rich would end the process
 
 
 class Terminal:
-    """Progress and warnings on stderr. Use it as a context manager."""
+    """Progress and warnings on stderr. Whoever watched may be gone, and the disk it is written to
+    full: the run goes on."""
 
     def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None):
         self.console = console or _Console(stderr=True, highlight=False, soft_wrap=True)
@@ -97,14 +100,16 @@ class Terminal:
         return not self.console.is_terminal or self.console.width >= WIDE
 
     def __enter__(self) -> Terminal:
-        if self._progress:
-            self._progress.start()
+        with self._while_it_can_be_shown():
+            if self._progress:
+                self._progress.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._progress:
-            self._progress.refresh()
-            self._progress.stop()
+        with self._while_it_can_be_shown():
+            if self._progress:
+                self._progress.refresh()
+                self._progress.stop()
 
     def step(self, step: int, images: int) -> bool:
         """Note that update `step` was launched; True when fresh numbers should be shown."""
@@ -126,7 +131,8 @@ class Terminal:
         if not self.console.is_terminal or self.console.width >= MEDIUM:
             text += f"  {rate:,.0f} img/s"
         if self._progress:
-            self._progress.update(self._task, completed=step, numbers=text, refresh=True)
+            with self._while_it_can_be_shown():
+                self._progress.update(self._task, completed=step, numbers=text, refresh=True)
         else:
             self.line(f"step {step}/{self._total}  epoch {epoch}  lr {lr:.2g}  {text}")
 
@@ -136,7 +142,18 @@ class Terminal:
             self._test += f" (step {step})"
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        with self._while_it_can_be_shown():
+            self.console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
         self.line(f"bnexp: {text}")
+
+    @contextlib.contextmanager
+    def _while_it_can_be_shown(self) -> Iterator[None]:
+        if self.console.quiet:
+            return
+        try:
+            yield
+        except (OSError, ValueError):
+            self.console.quiet = True
+            self._progress = None

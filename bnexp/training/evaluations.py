@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from bnexp.analysis.comparison import Comparison
+from bnexp.analysis.predictions import Predictions
 from bnexp.condition import Condition, Weights, made_by
 from bnexp.data import Split
 from bnexp.errors import NotFinite, RunFailed
@@ -35,7 +36,8 @@ class Evaluations:
 
     def evaluate(self, final: bool = False) -> float | None:
         """The model under every condition asked for, and recomputed statistics if `final`; rows
-        go into evals.csv. What the best is chosen by, larger being better, comes back."""
+        go into evals.csv. What the best is chosen by, larger being better, comes back; None where
+        nothing is to choose by."""
         training, config, model = self._training, self._training.config, self._training.state.model
         data, step = training.data, training.state.step
         with self._inference():
@@ -44,19 +46,23 @@ class Evaluations:
             only_baseline = {baseline: sources[baseline]}
             self._own = found = self._evaluate(model, sources)
             rows = found.rows(step, "test")
-            metric = found.predictions[baseline].accuracy
+            on_test = found.predictions[baseline].accuracy
+            metric = on_test if config.checkpoints.best == "best-on-test" else None
             if config.test.train_accuracy:
                 rows += self._evaluate(model, only_baseline, data.train).rows(step, "train")
             if data.val is not None:
                 on_val = self._evaluate(model, only_baseline, data.val)
                 rows += on_val.rows(step, "val")
-                predictions = on_val.predictions[baseline]
-                stopping = config.training.early_stopping
-                by_loss = stopping and stopping.metric == "val_loss"
-                metric = -predictions.mean_loss if by_loss else predictions.accuracy
+                if config.checkpoints.best == "best":
+                    metric = self._metric(on_val.predictions[baseline])
         self._logs.evaluation(rows, found, config.model.eps)
-        self._display.test_accuracy(found.predictions[baseline].accuracy, step)
-        return metric if math.isfinite(metric) else None
+        self._display.test_accuracy(on_test, step)
+        return metric if metric is not None and math.isfinite(metric) else None
+
+    def _metric(self, on_val: Predictions) -> float:
+        stopping = self._training.config.training.early_stopping
+        by_loss = stopping is not None and stopping.metric == "val_loss"
+        return -on_val.mean_loss if by_loss else on_val.accuracy
 
     def evaluate_averages(self) -> None:
         """Averaged weights with recomputed statistics and, to show why, the trained model's."""
@@ -73,10 +79,10 @@ class Evaluations:
                     sources = {condition: sources[condition] for condition in shown}
                 self._averaged |= self._evaluate(model, sources)
 
-    def evaluate_best(self, checkpoints: Path) -> None:
+    def evaluate_best(self, checkpoint: Path) -> None:
         """Take the weights of the best evaluation, and evaluate these instead of the last."""
         state = self._training.state
-        load_weights(state.model, state.tracker, load_checkpoint(checkpoints / "best.pt"))
+        load_weights(state.model, state.tracker, load_checkpoint(checkpoint))
         with self._inference():
             sources = self._sources(state.model, recompute=True, weights="best")
             self._own = self._evaluate(state.model, sources)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from bnexp.records import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
 from bnexp.training.build import Training
 from bnexp.training.display import Display
 from bnexp.training.metrics import StepLog
+from bnexp.training.tensorboard import Events
 
 
 class Logs:
@@ -32,10 +33,8 @@ class Logs:
         )
         self.lr = training.learning_rate
         """Of the last step."""
-        self._events = None
+        self._events: Events | None = None
         if config.logging.tensorboard:
-            from bnexp.training.tensorboard import Events
-
             self._events = Events(run.path / "tensorboard", first_step=state.step)
 
     @property
@@ -51,13 +50,11 @@ class Logs:
     def flush(self) -> None:
         """Write the rows of all steps so far. RunFailed if a loss is not finite."""
         rows = self._steps.flush()
-        if self._events:
-            self._events.steps(rows)
+        self._tell_events(lambda events: events.steps(rows))
 
     def evaluation(self, rows: Sequence[tuple], found: Evaluation, eps: float) -> None:
         self._evals_csv.append(rows)
-        if self._events:
-            self._events.evaluation(rows, found, eps)
+        self._tell_events(lambda events: events.evaluation(rows, found, eps))
 
     def drop_evaluations_from(self, step: int) -> None:
         self._evals_csv.close()
@@ -73,5 +70,14 @@ class Logs:
     def __exit__(self, *_: object) -> None:
         self._steps_csv.close()
         self._evals_csv.close()
-        if self._events:
-            self._events.close()
+        self._tell_events(lambda events: events.close())
+
+    def _tell_events(self, what: Callable[[Events], None]) -> None:
+        """Events that can't be written are no reason to end a training."""
+        if self._events is None:
+            return
+        try:
+            what(self._events)
+        except Exception as error:  # whatever TensorBoard's writer raises
+            self._display.warn(f"no more TensorBoard events: {type(error).__name__}: {error}")
+            self._events = None

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnexp.analysis.comparison import Comparison
+from bnexp.condition import Condition
 from bnexp.errors import Interrupted, RunFailed
 from bnexp.records import Run
 from bnexp.training.build import Training, autocast, freeze_when_due
-from bnexp.training.checkpoints import save_checkpoint
+from bnexp.training.checkpoints import BEST, restore_best, save_checkpoint
 from bnexp.training.display import Display
 from bnexp.training.evaluations import Evaluations
 from bnexp.training.logs import Logs
@@ -82,7 +83,7 @@ def train_steps(
             metric = evaluations.evaluate()
             state.model.train()
             if state.best.observe(step, metric):
-                save(run, training, logs, best=True)
+                save(run, training, logs, best=training.best_file)
             else:
                 state.stopped = state.best.reason_to_stop(step) or state.stopped
         if checkpoints.is_due(step) or step == total or state.stopped or interruption:
@@ -136,8 +137,9 @@ def check(training: Training, logs: Logs, display: Display) -> None:
         )
 
 
-def save(run: Run, training: Training, logs: Logs, best: bool = False) -> None:
-    """A checkpoint of this step. RunFailed if there is something in it that is not finite."""
+def save(run: Run, training: Training, logs: Logs, best: str | None = None) -> None:
+    """A checkpoint of this step, also by the name `best`. RunFailed if there is something in it
+    that is not finite."""
     state, config = training.state, training.config
     if not state.is_finite:
         raise RunFailed(
@@ -146,8 +148,9 @@ def save(run: Run, training: Training, logs: Logs, best: bool = False) -> None:
             "training.optimizer.lr"
         )
     logs.sync()
-    content = {"config": config.to_yaml(), **state.state_dict()}
+    content = {"run": run.id, "config": config.to_yaml(), **state.state_dict()}
     save_checkpoint(run.checkpoints, content, config.checkpoints.keep, best)
+    state.saved_step = state.step
     run.write_state("running", state.step, training.total_steps)
 
 
@@ -156,13 +159,22 @@ def finish(run: Run, training: Training, logs: Logs, evaluations: Evaluations) -
     state = training.state
     logs.drop_evaluations_from(state.step)
     if state.best.improve(state.step, evaluations.evaluate(final=True)):
-        save(run, training, logs, best=True)
+        save(run, training, logs, best=training.best_file)
     evaluations.evaluate_averages()
     weights, step, message = "last", state.step, state.stopped
-    stopping = training.config.training.early_stopping
-    if stopping and stopping.restore_best and state.best.step < state.step:
-        weights, step = "best", state.best.step
-        evaluations.evaluate_best(run.checkpoints)
-    comparison = evaluations.compare()
+    stopping, best = training.config.training.early_stopping, state.best.step
+    if stopping and stopping.restore_best and best < state.step:
+        if restore_best(run.checkpoints, BEST, best, state.step):
+            weights, step = "best", best
+            evaluations.evaluate_best(run.checkpoints / BEST)
+        else:
+            lost = f"the best weights, of step {best}, are lost: these are the last ones"
+            message = f"{message}; {lost}" if message else lost
+    moments = [
+        (row["step"], Condition.parse(row["statistics"]), row["accuracy"])
+        for row in run.evals()
+        if row["split"] == "test"
+    ]
+    comparison = evaluations.compare().along_the_run(moments)
     run.write_json("comparison.json", {"step": step, "weights": weights, **comparison.to_dict()})
     return Result(comparison, weights, message)

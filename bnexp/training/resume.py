@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from bnexp.config import Config, resolve
+from bnexp.config.yaml_text import parse_yaml
 from bnexp.dotted import dotted, within
-from bnexp.errors import UserError
+from bnexp.errors import UserError, shown
 from bnexp.records import Run
 from bnexp.records.environment import describe_resume
 from bnexp.training.build import Training, freeze_when_due
-from bnexp.training.checkpoints import newest_checkpoint, remove_torn, step_checkpoints
+from bnexp.training.checkpoints import (
+    newest_checkpoint,
+    remove_torn,
+    restore_best,
+    step_checkpoints,
+    step_path,
+)
 from bnexp.training.display import Display
+from bnexp.training.run_data import FILE as DATA_FILE
 
 Changes = dict[str, list[Any]]
 """Dotted key -> its value before and after."""
@@ -37,17 +47,10 @@ LENGTH = ("training.epochs", "training.steps")
 def changes_of(run: Run, config: Config) -> Changes:
     """What `config` changes of the run's own. UserError, with the keys, where another model, data
     or training would be continued."""
-    before = dotted(resolve(run.config, [], f"{run.path}/config.yaml").model_dump(mode="json"))
-    after = dotted(config.model_dump(mode="json"))
-    changes = {
-        key: [before.get(key), after.get(key)]
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key != "name"
-    }
-    if refused := [key for key in changes if not within(key, MAY_CHANGE)]:
-        listed = "; ".join(f"{k}: {changes[k][0]!r} became {changes[k][1]!r}" for k in refused)
+    changes = _changes(resolve(run.config, [], f"{run.path}/config.yaml"), config)
+    if refused := _refused(changes):
         raise UserError(
-            f"{run.path} can't be resumed with another model, data or training ({listed}); "
+            f"{run.path} can't be resumed with another model, data or training ({refused}); "
             "start a new run for that"
         )
     if config.training.averages.swa and any(key in changes for key in LENGTH):
@@ -58,40 +61,107 @@ def changes_of(run: Run, config: Config) -> Changes:
     return changes
 
 
-def go_on(run: Run, training: Training, changes: Changes, display: Display) -> None:
+def _changes(before: Config, after: Config) -> Changes:
+    one, other = (dotted(config.model_dump(mode="json")) for config in (before, after))
+    return {
+        key: [one.get(key), other.get(key)]
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key) and key != "name"
+    }
+
+
+def _refused(changes: Changes) -> str:
+    keys = [key for key in changes if not within(key, MAY_CHANGE)]
+    return "; ".join(f"{k}: {shown(changes[k][0])} became {shown(changes[k][1])}" for k in keys)
+
+
+def go_on(
+    run: Run, training: Training, changes: Changes, changed_data: str | None, display: Display
+) -> None:
     """Go on from the run's newest whole checkpoint, if it has one. Mutates `training.state`.
 
     Records the resume in environment.json, writes config.yaml anew, and removes what lies beyond
-    the checkpoint. The caller holds the run's lock. Raises UserError if there is nothing to do.
+    the checkpoint. The caller holds the run's lock. Raises UserError if there is nothing to do, or
+    if the checkpoint is not one of this run.
     """
-    config, state = training.config, training.state
+    state = training.state
+    if run.checkpoints.is_symlink():
+        raise UserError(f"{run.checkpoints} is a link: a run writes into its own folder alone")
     run.checkpoints.mkdir(exist_ok=True)
     found, passed_over = newest_checkpoint(run.checkpoints)
     for line in passed_over:
         display.warn(line)
     if found is not None:
-        longer = training.total_steps > found["step"] and _may_go_on(found["stopped"], changes)
-        if _finished(run) and not longer:
-            raise UserError(
-                f"{run.path} has finished at step {found['step']}; give it more: training.steps=N"
-            )
-        if training.total_steps < found["step"]:
-            raise UserError(
-                f"{run.path} has done {found['step']} steps already, so its length can't become "
-                f"{training.total_steps}"
-            )
-        state.load_state_dict(found)
-        freeze_when_due(training)
-        _allow_what_changed(training, changes, display)
-        for newer in step_checkpoints(run.checkpoints):
-            if newer.name > f"step-{state.step:09d}.pt":
-                newer.unlink()
+        _load(run, training, found, display)
     for folder in (run.path, run.checkpoints):
         remove_torn(folder)
     environment = run.environment
-    environment.setdefault("resumes", []).append(describe_resume(state.step, changes))
+    resumes = environment.setdefault("resumes", [])
+    _say_other_threads(environment, training, display)
+    resume = describe_resume(state.step, torch.get_num_threads(), changes)
+    if changed_data is not None:
+        display.warn(f"the data have changed: {changed_data}")
+        resume["changed_data"] = changed_data
+        run.write_json(DATA_FILE, training.data.fingerprint)
+    resumes.append(resume)
     run.write_json("environment.json", environment)
-    run.write("config.yaml", config.to_yaml())
+    run.write("config.yaml", training.config.to_yaml())
+
+
+def _load(run: Run, training: Training, found: dict[str, Any], display: Display) -> None:
+    """Take the state in `found`, and make the checkpoints what they were when it was written."""
+    state, since = training.state, _changes_since(run, training.config, found)
+    longer = training.total_steps > found["step"] and _may_go_on(found.get("stopped"), since)
+    if _finished(run) and not longer:
+        raise UserError(
+            f"{run.path} has finished at step {found['step']}; give it more: training.steps=N"
+        )
+    if training.total_steps < found["step"]:
+        raise UserError(
+            f"{run.path} has done {found['step']} steps already, so its length can't become "
+            f"{training.total_steps}"
+        )
+    try:
+        state.load_state_dict(found)
+    except UserError as error:
+        raise UserError(f"{run.checkpoints}, step {found['step']}: {error}") from None
+    freeze_when_due(training)
+    _allow_what_changed(training, since, display)
+    for newer in step_checkpoints(run.checkpoints):
+        if newer.name > step_path(run.checkpoints, state.step).name:
+            newer.unlink()
+    if training.best_file is None:
+        state.best.forget()  # chosen on the test images by a former version
+    elif state.best.step:
+        restore_best(run.checkpoints, training.best_file, state.best.step, state.step)
+
+
+def _changes_since(run: Run, config: Config, found: dict[str, Any]) -> Changes:
+    """What `config` changes of the config in a checkpoint. UserError if the checkpoint is another
+    run's, or one of another training."""
+    where = f"{run.checkpoints}, step {found['step']}"
+    if found.get("run") is not None and run.id is not None and found["run"] != run.id:
+        raise UserError(f"{where}: the checkpoint is one of another run")
+    text = found.get("config")
+    tree = parse_yaml(text, where) if isinstance(text, str) else None
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: the checkpoint has no config")
+    changes = _changes(resolve(tree, [], where), config)
+    if refused := _refused(changes):
+        raise UserError(f"{where}: the checkpoint is one of another training ({refused})")
+    return changes
+
+
+def _say_other_threads(environment: dict[str, Any], training: Training, display: Display) -> None:
+    """On a CPU the number of threads decides the last digits of sums."""
+    now = torch.get_num_threads()
+    last = (environment["resumes"] or [{}])[-1]
+    before = last.get("threads", environment.get("threads")) if isinstance(last, dict) else None
+    if training.device.type == "cpu" and before is not None and before != now:
+        display.warn(
+            f"the run had {shown(before)} threads and goes on with {now}: from here on its numbers "
+            "differ in the last digits from those of an undisturbed run (set OMP_NUM_THREADS)"
+        )
 
 
 def _finished(run: Run) -> bool:
@@ -111,7 +181,8 @@ def _allow_what_changed(training: Training, changes: Changes, display: Display) 
     if state.stopped and _may_go_on(state.stopped, changes):
         state.stopped = None
         state.best.evaluations_since = 0
-    if "training.early_stopping.metric" in changes or "training.early_stopping" in changes:
+    chosen_by = ("training.early_stopping.metric", "training.early_stopping", "checkpoints.best")
+    if any(key in changes for key in chosen_by):
         state.best.forget()
     schedule = training.config.training.schedule.name
     if any(key in changes for key in LENGTH) and schedule not in ("constant", "plateau"):

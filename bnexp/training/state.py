@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnexp.condition import Weights
-from bnexp.errors import UserError
+from bnexp.errors import UserError, shown
 from bnexp.statistics import Statistics, StatisticsTracker
 from bnexp.training.averages import WeightAverage
 from bnexp.training.guards import Best, Collapse, Plateau
+from bnexp.training.likeness import require_like
 from bnexp.training.metrics import EmaAccuracy
 
 
@@ -37,6 +38,8 @@ class TrainingState:
     best: Best
     step: int = 0
     stopped: str | None = None
+    saved_step: int = 0
+    """The step of the newest checkpoint, from which a resume would go on."""
 
     def estimates(self) -> dict[str, Statistics]:
         """The online estimates, the running statistics first."""
@@ -66,33 +69,101 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`. UserError if it belongs to another training or lacks something."""
-        if missing := self.state_dict().keys() - state.keys():
+        """Go on from `state`. UserError if it belongs to another training, lacks something or
+        holds what no training writes."""
+        own = self.state_dict()
+        if missing := own.keys() - state.keys():
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         load_weights(self.model, self.tracker, state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        require_like(own["scaler"], state["scaler"], "scaler")
+        require_like(own["rng"]["cpu"], _part(state["rng"], "cpu"), "rng.cpu")
+        _require_optimizer(self.optimizer, state["optimizer"])
+        if not isinstance(state["stopped"], str | None):
+            raise UserError(f"stopped is {shown(state['stopped'])}")
         for name, average in self.averages.items():
-            average.load_state_dict(state["averages"][name])
+            average.load_state_dict(_part(state["averages"], name))
         self.ema_accuracy.load_state_dict(state["ema_accuracy"])
         self.collapse.load_state_dict(state["collapse"])
         self.plateau.load_state_dict(state["plateau"])
         self.best.load_state_dict(state["best"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         self.step, self.stopped = state["step"], state["stopped"]
-        load_rng_state(self.device, state["rng"])
+        self.saved_step = self.step
+        try:
+            load_rng_state(self.device, state["rng"])
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"rng is no state of a generator: {error}") from None
 
 
 def load_weights(
     model: nn.Module, tracker: StatisticsTracker | None, state: Mapping[str, Any]
 ) -> None:
-    """The weights and estimates of a checkpoint. UserError if they are another model's."""
+    """The weights and estimates of a checkpoint. UserError if they are another model's or not
+    numbers that a model can have."""
+    own, found = model.state_dict(), state.get("model")
+    if not isinstance(found, Mapping):
+        raise UserError("the checkpoint lacks the model")
     try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1:2] or [str(error)]
-        raise UserError(f"the checkpoint belongs to another model: {detail[0].strip()}") from None
+        require_like(own, found, "model")
+    except UserError as error:
+        raise UserError(f"the checkpoint belongs to another model: {error}") from None
+    for name, tensor in found.items():
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise UserError(f"model.{name} has negative variances")
+    model.load_state_dict(found)
     if tracker:
-        tracker.load_state_dict(state["tracker"])
+        estimates = state.get("tracker")
+        if not isinstance(estimates, Mapping):
+            raise UserError("the checkpoint lacks the estimates")
+        of_this = tracker.state_dict()
+        known = {name: value for name, value in estimates.items() if name in of_this}
+        require_like(of_this, {**of_this, **known}, "tracker", finite=False)
+        tracker.load_state_dict(estimates)
+
+
+def _part(tree: Any, name: str) -> Any:
+    if not isinstance(tree, Mapping) or name not in tree:
+        raise UserError(f"the checkpoint has no {name}")
+    return tree[name]
+
+
+_SETTINGS = {"params", "weight_decay", "momentum", "nesterov", "betas"}
+_MOMENTS = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
+def _require_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """UserError unless `state` is one of this optimizer: the same settings but for the learning
+    rate, and numbers of the parameters' shapes."""
+    own = optimizer.state_dict()
+    groups = _part(state, "param_groups")
+    if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
+        raise UserError("the optimizer has other groups of parameters")
+    for mine, theirs in zip(own["param_groups"], groups, strict=True):
+        for name in _SETTINGS & mine.keys():
+            if _part(theirs, name) != mine[name]:
+                raise UserError(
+                    f"the optimizer's {name} was {shown(theirs[name])}, not {shown(mine[name])}"
+                )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = _part(state, "state")
+    if not isinstance(moments, Mapping) or not moments.keys() <= set(range(len(parameters))):
+        raise UserError("the optimizer's state is about other parameters")
+    names = _MOMENTS[type(optimizer)]
+    for index, entries in moments.items():
+        if not isinstance(entries, Mapping) or (entries and entries.keys() != names):
+            raise UserError(f"optimizer.state[{index}] is no state of {type(optimizer).__name__}")
+        for name, value in entries.items():
+            where = f"optimizer.state[{index}].{name}"
+            if isinstance(value, Tensor) and value.ndim:
+                require_like(parameters[index].detach(), value, where)
+            elif isinstance(value, Tensor) and value.is_floating_point():
+                require_like(value.new_zeros(()), value, where)
+            elif value is not None:
+                raise UserError(f"{where} is {shown(value)}")
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

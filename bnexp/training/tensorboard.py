@@ -15,6 +15,8 @@ class Events:
     """Writes into `folder`. Events after `first_step`, of a run that was killed, are superseded."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link: a run writes into its own folder alone")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -34,7 +34,7 @@ STYLE = {
     "ytick.major.size": 0,
     "lines.linewidth": 1.7,
     "legend.frameon": False,
-    "legend.handlelength": 1.8,
+    "legend.handlelength": 2.6,
 }
 
 
@@ -119,11 +119,11 @@ def ema_accuracy(found: dict) -> Figure:
 
 
 KINDS = {
-    "recomputed": ("recomputed", INK, "-", 4.2),
-    "running": ("running, decay 0.9", BLUE, "-", 1.5),
-    "ema-0.99": ("running, decay 0.99", GREEN, "-", 1.5),
-    "ema-0.999": ("running, decay 0.999", ORANGE, "-", 1.5),
-    "debiased-0.999": ("decay 0.999, debiased", ORANGE, (0, (1.5, 1.5)), 1.3),
+    "recomputed": ("recomputed", INK, "-", "", 4.2),
+    "running": ("running, decay 0.9", BLUE, "-", "s", 1.5),
+    "ema-0.99": ("running, decay 0.99", GREEN, (0, (5, 1.5)), "v", 1.5),
+    "ema-0.999": ("running, decay 0.999", ORANGE, "-", "o", 1.5),
+    "debiased-0.999": ("decay 0.999, debiased", ORANGE, (0, (1.5, 1.5)), "", 1.3),
 }
 
 
@@ -135,7 +135,7 @@ def statistics(*runs: dict) -> Figure:
         steps = np.array(run["steps"])
         late_values = []
         for ax, part in zip(row, (steps <= 300, steps > steps[-1] - 301), strict=True):
-            for kind, (label, colour, dashes, width) in KINDS.items():
+            for kind, (label, colour, dashes, marker, width) in KINDS.items():
                 values = 100 * np.array(run["accuracy"][kind])
                 black = kind == "recomputed"
                 ax.plot(
@@ -143,6 +143,8 @@ def statistics(*runs: dict) -> Figure:
                     values[part],
                     color=colour,
                     linestyle=dashes,
+                    marker=marker,
+                    markersize=3.5,
                     linewidth=width,
                     label=label,
                     alpha=0.25 if black else 1,
@@ -174,15 +176,24 @@ def weights(found: dict) -> Figure:
     def line(ax, kind, label, colour, **options):
         curve = curves[kind]
         values = 100 * np.array(curve["values"])
-        ax.plot(
-            curve["steps"], values, marker="o", markersize=3.5, color=colour, label=label, **options
-        )
+        ax.plot(curve["steps"], values, markersize=4, color=colour, label=label, **options)
 
     titles = {"ema": "EMA of the weights, decay 0.99", "swa": "SWA: mean of the weights so far"}
     for ax, (name, title) in zip(axes[0], titles.items(), strict=True):
-        line(ax, "last/running", "trained weights, running statistics", "#9aa2ab", linewidth=1.2)
-        line(ax, f"{name}/stale", "averaged weights, stale statistics", ORANGE)
-        line(ax, f"{name}/recomputed", "averaged weights, recomputed statistics", BLUE)
+        line(
+            ax,
+            "last/running",
+            "trained weights, running statistics",
+            "#9aa2ab",
+            linewidth=1.2,
+            marker=".",
+        )
+        stale, recomputed = (
+            "averaged weights, stale statistics",
+            "averaged weights, recomputed statistics",
+        )
+        line(ax, f"{name}/stale", stale, ORANGE, marker="s", linestyle=(0, (5, 1.5)))
+        line(ax, f"{name}/recomputed", recomputed, BLUE, marker="o")
         ax.set_title(title)
         ax.set_xlabel("step")
     axes[0, 0].set_ylabel("test accuracy, %")

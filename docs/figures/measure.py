@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from bnexp.analysis.comparison import compare
+from bnexp.condition import Condition
 from bnexp.config import load_config
-from bnexp.evaluation.evaluate import recompute_population
-from bnexp.evaluation.predictions import evaluate
+from bnexp.evaluation.predictions import predict_under
 from bnexp.records import Run
 from bnexp.report.run_data import RunData
 from bnexp.statistics import (
@@ -24,6 +24,7 @@ from bnexp.training.averages import with_parameters
 from bnexp.training.build import Training, build_training
 from bnexp.training.checkpoints import load_checkpoint, newest_checkpoint, step_checkpoints
 from bnexp.training.state import load_weights
+from bnexp.training.subject import run_subject
 
 DECAYS = (0.9, 0.99, 0.999)
 PERCENTILES = (15, 50, 85)
@@ -46,8 +47,8 @@ def ema_accuracy(folder: Path) -> dict:
     """
     run = RunData.read(Run(folder))
     steps, batch = run.steps["step"], run.steps["accuracy"]
-    at, train = run.curve("train", "running")
-    _, test = run.curve("test", "running")
+    at, train = run.curve("train", Condition("running"))
+    _, test = run.curve("test", Condition("running"))
     after = 200
     result = {
         "batch_size": run.config["training"]["batch_size"],
@@ -82,7 +83,7 @@ def _train_accuracy_in_training_mode(folder: Path) -> float:
     state, _ = newest_checkpoint(folder / "checkpoints")
     load_weights(training.state.model, training.state.tracker, state)
     size = config.training.batch_size
-    found = evaluate(
+    found = predict_under(
         training.state.model, lambda: training.data.train.batches(size), {"batch": None}
     )
     return found["batch"].accuracy
@@ -91,7 +92,7 @@ def _train_accuracy_in_training_mode(folder: Path) -> float:
 def statistics_curves(folder: Path) -> dict:
     """Test accuracy by step under every kind of statistics of one run."""
     run = RunData.read(Run(folder))
-    curves = {kind: run.curve("test", kind) for kind in run.kinds("test")}
+    curves = {str(c): run.curve("test", c) for c in run.conditions("test")}
     steps = curves["running"][0]
     result = {
         "batch_size": run.config["training"]["batch_size"],
@@ -130,14 +131,18 @@ def averaged_weights(folder: Path, every: int = 200) -> dict:
             if average.count == 0:
                 continue
             model = with_parameters(training.state.model, average.average)
-            fresh = recompute_population(model, training.data, config)
+            method = config.statistics.recompute.method
+            population = run_subject(model, training.data, config).population(method)
+            fresh = recompute_statistics(model, population, method=method)
             kinds[f"{name}/stale"] = (model, stale["running"])
             kinds[f"{name}/recomputed"] = (model, fresh)
             if name == "ema":
                 kinds["ema/averaged"] = (model, stale["ema-0.99"])
             result["std_ratio"][name] = _std_ratio(stale["running"], fresh)
         for kind, (model, statistics) in kinds.items():
-            found = evaluate(model, lambda: training.data.test.batches(size), {"it": statistics})
+            found = predict_under(
+                model, lambda: training.data.test.batches(size), {"it": statistics}
+            )
             curve = result["accuracy"].setdefault(kind, {"steps": [], "values": []})
             curve["steps"].append(state["step"])
             curve["values"].append(found["it"].accuracy)
@@ -227,7 +232,7 @@ def variances(folder: Path, samples: int = 5000) -> dict:
     )
     kinds = {"biased": biased, "unbiased": unbiased, "pooled": pooled, "exact": exact}
     size = config.test.batch_size
-    found = evaluate(training.state.model, lambda: training.data.test.batches(size), kinds)
+    found = predict_under(training.state.model, lambda: training.data.test.batches(size), kinds)
     return {
         "model": config.model.name,
         "layers": {
@@ -251,7 +256,9 @@ def final_comparison(folder: Path) -> dict:
 
 
 def _against(predictions, baseline: str, training: Training) -> dict:
-    return _brief(compare(predictions, baseline, training.data.info.classes).to_dict())
+    by_condition = {Condition(name): found for name, found in predictions.items()}
+    classes = training.data.info.classes
+    return _brief(compare(by_condition, Condition(baseline), classes).to_dict())
 
 
 def _brief(comparison: dict) -> dict:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
@@ -17,8 +20,10 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from bnexp.analysis.comparison import Comparison, compare
 from bnexp.analysis.intervals import (
+    balanced_interval,
     expected_calibration_error,
     holm,
+    information,
     mcnemar_p,
     paired_counts,
     paired_interval,
@@ -27,6 +32,7 @@ from bnexp.analysis.intervals import (
 )
 from bnexp.analysis.layers import LayerCost, LayerRow
 from bnexp.analysis.predictions import Predictions
+from bnexp.analysis.results import class_p_values
 from bnexp.analysis.seeds import summarize_seeds
 from bnexp.condition import Condition
 from bnexp.errors import UserError
@@ -312,3 +318,147 @@ def test_one_seed_has_no_interval_and_unequal_seeds_are_refused():
     assert only.standard_deviation is None
     with pytest.raises(UserError, match="same seeds"):
         summarize_seeds({RUNNING: [0.9, 0.8], "batch": [0.9]}, RUNNING)
+
+
+def test_intervals_of_an_accuracy_over_seeds_stay_within_0_and_100_percent():
+    high, low = [0.9999, 0.99, 0.9999], [0.0001, 0.01, 0.0001]
+    above, below = summarize_seeds({RUNNING: high, RECOMPUTED: low}, RUNNING)
+    assert DescrStatsW(high).tconfint_mean()[1] > 1
+    assert above.interval[1] == 1.0
+    assert below.interval[0] == 0.0
+    assert below.difference_interval == pytest.approx(
+        DescrStatsW(np.subtract(low, high)).tconfint_mean()
+    )
+
+
+# ------------------------------------------------------------------------ chance
+
+
+@given(st.integers(0, 400), st.integers(1, 400))
+@settings(max_examples=50, deadline=None)
+def test_balanced_interval_of_equal_classes_is_wilsons_of_the_accuracy(right, n):
+    shares = [min(right, n) / n] * 3
+    expected = proportion_confint(3 * min(right, n), 3 * n, method="wilson")
+    assert balanced_interval(shares, [n] * 3) == pytest.approx(expected, abs=1e-12)
+
+
+def test_balanced_interval_covers_the_truth_with_unequal_classes():
+    rng = np.random.default_rng(0)
+    recalls, samples = [0.7, 0.7, 0.7], [20, 60, 400]
+    covered = 0
+    for _ in range(2000):
+        found = [rng.binomial(n, p) / n for n, p in zip(samples, recalls, strict=True)]
+        low, high = balanced_interval(found, samples)
+        covered += low <= np.mean(recalls) <= high
+    assert 0.93 < covered / 2000 < 0.985
+
+
+def test_information_is_the_signed_likelihood_ratio_less_its_penalty():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 800)
+    predicted = np.where(rng.random(800) < 0.4, labels, rng.integers(-1, 3, 800))
+    signed = 0.0
+    for k in range(4):
+        table = stats.contingency.crosstab(predicted == k, labels == k).count
+        if table.shape == (2, 2):
+            g = stats.chi2_contingency(table, correction=False, lambda_="log-likelihood")
+            right, expected = (labels[predicted == k] == k).sum(), g.expected_freq[1, 1]
+            signed += np.sign(right - expected) * g.statistic
+    assert information(predicted, labels) == pytest.approx(3 * (signed / 4 - np.log(800)))
+    assert information(predicted, labels) > 0
+    assert information(rng.permutation(predicted), labels) < 0
+    assert information((labels + 1) % 4, labels) < 0
+    assert information(np.full(800, 3), labels) < 0
+    assert information(np.full(800, -1), labels) < 0
+    assert information(labels % 1, labels % 1) == 0
+
+
+def test_information_of_two_classes_is_that_of_their_table():
+    predicted, labels = np.array([0] * 190 + [1] * 10), np.array([0] * 185 + [1] * 5 + [0, 1] * 5)
+    table = stats.contingency.crosstab(predicted, labels).count
+    g = stats.chi2_contingency(table, correction=False, lambda_="log-likelihood").statistic
+    assert information(predicted, labels) == pytest.approx(g - np.log(200))
+
+
+# ------------------------------------------------------------------------ classes
+
+
+def test_classes_are_tested_with_holm_over_classes_and_conditions(comparison):
+    raw = []
+    for _, pair in comparison.others:
+        for gained, lost in zip(pair.class_gained, pair.class_lost, strict=True):
+            raw.append(mcnemar([[0, gained], [lost, 0]], exact=True).pvalue)
+    expected = multipletests(raw, method="holm")[1].reshape(2, 5)
+    found = class_p_values(comparison.results)
+    assert [found[r.condition] for r, _ in comparison.others] == [
+        pytest.approx(row.tolist()) for row in expected
+    ]
+
+
+# ------------------------------------------------------------------------ read back
+
+
+def test_an_old_record_reads_back():
+    path = ROOT / "tests/records/before-the-rebuild/before-1/comparison.json"
+    content = json.loads(path.read_text())
+    found = Comparison.from_dict(content)
+    assert [str(r.condition) for r in found.results] == [k["name"] for k in content["kinds"]]
+    again = found.to_dict()
+    for key in ("samples", "classes", "class_samples", "chance", "baseline", "verdict", "remarks"):
+        assert again[key] == content[key]
+    for kind, old in zip(again["kinds"], content["kinds"], strict=True):
+        assert json.loads(json.dumps({k: kind[k] for k in old})) == old
+        assert kind["information"] is None
+    (rows,) = (again["layers"][name] for name in content["layers"] if name == "recomputed")
+    for row, old in zip(rows, content["layers"]["recomputed"], strict=True):
+        assert json.loads(json.dumps({k: row[k] for k in old})) == old
+        assert row["samples"] is None
+    assert found.verdict.outcome in ("undecided", "agree", "baseline-worse", "baseline-better")
+
+
+def damaged(content, path, value):
+    content = json.loads(json.dumps(content))
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["kinds"], []),
+        (["kinds"], None),
+        (["kinds", 0], 7),
+        (["kinds", 1, "versus_baseline"], None),
+        (["kinds", 1, "accuracy"], float("nan")),
+        (["kinds", 1, "name"], ["running"]),
+        (["kinds", 1, "class_accuracy"], [0.5]),
+        (["kinds", 1, "accuracy_interval"], [0.5]),
+        (["kinds", 1, "versus_baseline", "class_lost"], [1, 2, 3]),
+        (["class_samples"], [0, 0, 0, 0, 0]),
+        (["class_samples"], [-1, 2, 2, 2, 2]),
+        (["classes"], "abcde"),
+        (["baseline"], "batch"),
+        (["verdict"], {"text": "fine"}),
+        (["layers"], ["bn1"]),
+        (["layers"], {"recomputed": [{"name": "bn1"}]}),
+        (["samples"], "many"),
+    ],
+)
+def test_a_damaged_record_is_one_line(comparison, path, value):
+    content = comparison.to_dict()
+    Comparison.from_dict(content)
+    with pytest.raises(UserError) as error:
+        Comparison.from_dict(damaged(content, path, value))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_analysis_needs_no_torch():
+    code = (
+        "import sys, bnexp.analysis.comparison, bnexp.analysis.seeds; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

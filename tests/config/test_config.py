@@ -161,7 +161,7 @@ def test_texts_stay_what_they_are_in_files_too_and_when_written_and_read_again(t
         ("training.steps=0o10", "'0o10'"),
         ("training.steps=0b11", "'0b11'"),
         ("training.steps=1.5", "integer"),
-        ("training.steps=no", "'no', which YAML reads as false"),
+        ("training.steps=no", "'no'; true, false and YAML's yes"),
         ("training.optimizer.lr=.inf", "finite"),
         ("training.optimizer.lr=.nan", "finite"),
         ("training.optimizer.lr=1e999", "finite"),
@@ -196,6 +196,13 @@ def test_an_override_leaves_the_tree_it_is_given_alone():
     tree = yaml.safe_load(SMALL)
     assert resolve(tree, ["training.steps=11"], "test").training.steps == 11
     assert tree == yaml.safe_load(SMALL)
+
+
+@pytest.mark.parametrize("value", [True, 11.0])
+def test_plain_data_are_read_as_strictly_as_a_file(value):
+    tree = {**yaml.safe_load(SMALL), "training": {"steps": value}}
+    with pytest.raises(UserError, match=f"test: training.steps is {value}; "):
+        resolve(tree, [], "test")
 
 
 def test_overrides_name_estimators_that_have_dots(config_file):

@@ -99,3 +99,21 @@ def test_broken_images_are_named(folder):
     opened = open_batches(str(folder), transform=Preparation().transform(), batch_size=10)
     with pytest.raises(UserError, match=r"1\.png can't be decoded"):
         list(opened.batches)
+
+
+def test_folders_and_images_are_read_as_those_of_a_run(folder):
+    """16 bits are scaled, hidden and empty folders are no classes, EXIF data turn an image."""
+    values = np.full((8, 12), 65535, dtype=np.uint16)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(values).resize((8, 12)).save(folder / "dog" / "white.png", exif=exif)
+    for name in (".hidden/x", "empty/deep", "__MACOSX/cat"):
+        (folder / name).mkdir(parents=True)
+    (folder / ".hidden" / "x" / "1.png").write_bytes(b"hidden")
+    assert classes_of(str(folder)) == ("cat", "dog")
+    for classes in (("cat", "dog"), None):
+        opened = open_batches(
+            str(folder), transform=Preparation().transform(), classes=classes, batch_size=20
+        )
+        ((x, _),) = opened.batches
+        assert x.shape == (11, 3, 8, 12) and (x == 1).flatten(1).all(1).sum() == 1

@@ -195,7 +195,7 @@ def test_layer_costs_exchange_one_layer_at_a_time():
     other = shifted(running, 3)
     other.var["4"].mul_(4)
     reference, labels = by_hand(model, batches)
-    costs = layer_costs(model, lambda: batches, running, other)
+    costs = layer_costs(model, lambda: batches, running, other, running.names)
     assert list(costs) == ["1", "4"]
     changed = 0
     for name, cost in costs.items():

@@ -11,7 +11,7 @@ from torch import nn
 
 from bnexp.errors import UserError
 from bnexp.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm, restore_batchnorm
-from bnexp.nn.modes import set_normalization_batch
+from bnexp.nn.modes import freeze_batchnorm, set_normalization_batch
 from bnexp.statistics.rules import Ema
 from bnexp.statistics.tracker import StatisticsTracker
 
@@ -108,10 +108,16 @@ def test_foreign_subclasses_stay_as_they_are():
     assert type(model[0]) is BatchNormAndTwice and type(model[1]) is BatchNorm2d
     x = torch.randn(4, 3, 5, 5)
     assert torch.equal(model(x), reference(x))
-    with pytest.raises(UserError, match="'0' is a BatchNormAndTwice"):
-        StatisticsTracker(model, {"a": Ema(0.9)})
-    with pytest.raises(UserError, match="'0' is a BatchNormAndTwice"):
-        set_normalization_batch(model, 2)
+
+
+def test_restoring_gives_foreign_subclasses_their_own_class_back():
+    model = nn.Sequential(BatchNormAndTwice(3), nn.BatchNorm2d(3))
+    freeze_batchnorm(model)
+    assert type(model[0]) is not BatchNormAndTwice and isinstance(model[0], BatchNormAndTwice)
+    assert type(model[0]).__name__ == "BatchNormAndTwice"
+    restore_batchnorm(model)
+    assert type(model[0]) is BatchNormAndTwice and type(model[1]) is nn.BatchNorm2d
+    assert "frozen" not in vars(model[0])
 
 
 class OursAndTwice(BatchNorm2d):
@@ -180,3 +186,34 @@ def test_a_converted_network_is_traced_like_torchs():
     assert torch.equal(traced(x), model(x))
     assert type(traced.get_submodule("bn1")) is BatchNorm2d
     assert create_feature_extractor(model, ["layer1"])(x)["layer1"].shape == (2, 64, 8, 8)
+
+
+def test_scripting_a_converted_model_turns_it_back():
+    model, reference = convert_batchnorm(Odd()).volume, Odd().volume
+    x = torch.randn(2, 3, 2, 2, 2, dtype=torch.float64)
+    scripted = torch.jit.script(nn.Sequential(model))
+    assert torch.equal(scripted(x), reference(x))
+    assert type(model) is nn.BatchNorm3d
+
+
+@pytest.mark.parametrize("how", ["tracked", "frozen", "ghost batches", "a subclass"])
+def test_what_torchscript_cannot_know_is_refused(how):
+    model = nn.Sequential(OursAndTwice(2) if how == "a subclass" else nn.BatchNorm2d(2))
+    if how == "tracked":
+        StatisticsTracker(model, {"a": Ema(0.9)})
+    elif how == "frozen":
+        freeze_batchnorm(model)
+    elif how == "ghost batches":
+        set_normalization_batch(model, 4)
+    kind = type(model[0])
+    with pytest.raises(UserError, match=r"restore_batchnorm\(model\) first"):
+        torch.jit.script(model)
+    assert type(model[0]) is kind
+
+
+def test_fuse_modules_works_on_restored_models():
+    model = convert_batchnorm(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))).eval()
+    x = torch.randn(2, 2, 5, 5)
+    expected = model(x)
+    fused = torch.ao.quantization.fuse_modules(restore_batchnorm(model), [["0", "1"]])
+    torch.testing.assert_close(fused(x), expected)

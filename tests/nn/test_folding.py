@@ -126,7 +126,7 @@ def test_each_kind_of_statistics_is_folded_with_its_own():
     result = predict_under(model, lambda: batches, kinds, fold=True)
     for kind in kinds:
         assert result[kind].loss == pytest.approx(plain[kind].loss, rel=1e-4, abs=1e-5)
-    assert abs(result["other"].mean_loss - result["running"].mean_loss) > 1e-2
+    assert abs(result["other"].loss.mean() - result["running"].loss.mean()) > 1e-2
     assert (result["batch"].loss == plain["batch"].loss).all()
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import yaml
 
 from bnexp.analysis.comparison import compare
-from bnexp.condition import config_labels
-from bnexp.evaluation.predictions import Predictions
+from bnexp.analysis.layers import LayerCost, LayerRow
+from bnexp.analysis.predictions import Predictions
+from bnexp.condition import Condition, made_by
 from bnexp.records import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
@@ -45,9 +46,11 @@ def config(steps=1000, seed=0, **changes):
 
 def make_run(
     folder: Path, name="example-1", steps=1000, seed=0, evaluations=20, samples=2000, cost=0.0,
-    train=True, kinds=("running", "ema-0.99", "recomputed", "batch"), finished=True, **changes,
+    train=True, kinds=("running", "ema-0.99", "recomputed", "batch"), finished=True, costs=False,
+    **changes,
 ) -> Run:  # fmt: skip
-    """Write a run folder; `cost` is what running averages lose at the end, as a share."""
+    """Write a run folder; `cost` is what running averages lose at the end, as a share; with
+    `costs` the layers have what mending and spoiling each does."""
     rng = np.random.default_rng(seed)
     run = Run(folder / name)
     (run.path / "checkpoints").mkdir(parents=True)
@@ -78,7 +81,7 @@ def make_run(
     log = CsvLog(run.path / "steps.csv", STEP_COLUMNS)
     log.append(
         zip(
-            t.tolist(), (t / 468).tolist(), lr.tolist(), loss.tolist(), batch.tolist(),
+            t.tolist(), (t // 468).tolist(), lr.tolist(), loss.tolist(), batch.tolist(),
             ema.tolist(), strict=True,
         )
     )  # fmt: skip
@@ -90,7 +93,7 @@ def make_run(
         done = step / steps
         best = 0.92 - 0.8 * np.exp(-12 * done)
         for kind in kinds:
-            value = best - lag[kind] * np.exp(-6 * done) * (0.6 + 0.4 * rng.random())
+            value = best - lag.get(kind, 0.2) * np.exp(-6 * done) * (0.6 + 0.4 * rng.random())
             if step == steps:
                 value = final[kind].accuracy
             evals.append([(int(step), "test", kind, max(value, 0.1), 0.3, samples, 1.0)])
@@ -99,24 +102,34 @@ def make_run(
     evals.close()
     if finished:
         drift = [
-            {
-                "name": layer,
-                "channels": 32,
-                "mean_drift": 0.02 * (i + 1),
-                "worst_mean_drift": 0.07 * (i + 1),
-                "worst_mean_channel": 3,
-                "log_var_drift": 0.03 * (i + 1),
-                "worst_log_var_drift": 0.09 * (i + 1),
-                "worst_var_channel": 5,
-            }
+            LayerRow(
+                name=layer,
+                channels=32,
+                mean_drift=0.02 * (i + 1),
+                worst_mean_drift=0.07 * (i + 1),
+                worst_mean_channel=3,
+                log_var_drift=0.03 * (i + 1),
+                worst_log_var_drift=0.09 * (i + 1),
+                worst_var_channel=5,
+                mended=_cost(0.01 * i) if costs else None,
+                spoiled=_cost(-0.1 * i) if costs else None,
+            )
             for i, layer in reversed(list(enumerate(LAYERS)))
         ]
         found = compare(
-            final, kinds[0], CLASSES, labels=config_labels(tree),
-            layers={k: drift for k in kinds[1:] if k != "batch"},
-        )  # fmt: skip
+            {Condition.parse(kind): predictions for kind, predictions in final.items()},
+            Condition.parse(kinds[0]),
+            CLASSES,
+            made=made_by(tree),
+            layers={Condition.parse(k): drift for k in kinds[1:] if k != "batch"},
+        )
         run.write_json("comparison.json", {"step": steps, "weights": "last", **found.to_dict()})
     return run
+
+
+def _cost(difference):
+    interval = (difference - 0.005, difference + 0.005)
+    return LayerCost(difference, interval, changed=40, loss_difference=0.1, samples=500)
 
 
 def _debiased_ema(values, decay):

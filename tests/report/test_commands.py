@@ -81,7 +81,7 @@ def test_compare_sets_runs_side_by_side():
     text = bnexp("compare", "example-1", "example-2", "half-1")
     for words in ("where the configs differ", "seed", "test accuracy by step", "at the end"):
         assert words in text
-    assert "2 seeds of one config (0, 1)" in text
+    assert "2 seeds (0, 1) of one config: small-cnn on fashion-mnist, 300 steps" in text
     tree = json.loads(bnexp("compare", "example-1", "example-2", "example-3", "--json"))
     assert [run["name"] for run in tree["runs"]] == ["example-1", "example-2", "example-3"]
     assert tree["config_differences"] == {"seed": {"example-1": 0, "example-2": 1, "example-3": 2}}

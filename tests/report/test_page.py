@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 from example import CLASSES, make_run
 
 from bnexp.errors import UserError
+from bnexp.records import Run
 from bnexp.report.page import render, write_report
 from bnexp.report.run_data import RunData
 from bnexp.report.several import config_differences, seed_groups
@@ -26,7 +30,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     made = [make_run(folder, f"example-{s + 1}", seed=s, cost=0.03) for s in range(3)]
-    other = make_run(folder, "slow-1", seed=0, model={"name": "resnet20", "norm": "batch"})
+    other = make_run(
+        folder, "slow-1", seed=0, model={"name": "resnet20", "norm": "batch", "eps": 1e-5}
+    )
     unfinished = make_run(folder, "half-1", seed=7, finished=False)
     return [*made, other, unfinished]
 
@@ -89,8 +95,8 @@ def test_the_verdict_comes_first_and_everything_is_there(runs, page):
     text = plain(" ".join(reader.text))
     comparison = runs[0].comparison()
     verdict = plain(comparison["verdict"])
-    assert verdict.startswith("Running averages (decay 0.9) cost")
-    assert text.index(verdict) < text.index("Comparison on 2000 test images")
+    assert verdict.startswith("Trained weights with running averages (decay 0.9) cost")
+    assert text.index(verdict) < text.index("Comparison on 2,000 test images")
     for remark in comparison["remarks"]:
         assert plain(remark) in text
     for kind in comparison["kinds"]:
@@ -128,11 +134,96 @@ def test_size_of_a_long_run(folder):
     read(page)
 
 
-def test_names_are_escaped(folder):
-    run = make_run(folder, "odd-1", model={"name": "<b>&", "norm": "batch"})
-    page = render([RunData.read(run)])
-    assert "<b>" not in page
-    assert "&lt;b&gt;&amp;" in page
+HOSTILE = (
+    "<b>&amp;</b><script>alert(1)</script>",
+    "a\nb\x1b[31m\x00\u202e",
+    "½²" * 300,
+    "$x^{$ \\",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_anywhere_in_a_record_stays_text(folder, text):
+    run = make_run(folder, f"odd-{HOSTILE.index(text)}", steps=20, evaluations=2, costs=True)
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    config["model"]["name"] = config["data"]["name"] = text
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in ("environment.json", "comparison.json"):
+        tree = json.loads((run.path / name).read_text())
+        (run.path / name).write_text(json.dumps(_everywhere(tree, text)))
+    evals = (run.path / "evals.csv").read_text()
+    quoted = text.replace("\n", " ").replace("\x00", "").replace(",", "")
+    (run.path / "evals.csv").write_text(evals.replace("ema-0.99", quoted))
+    other = make_run(folder, f"{run.name}-2", steps=20)
+    try:
+        page = render([RunData.read(run), RunData.read(other)])
+    except UserError as error:  # refused is as good
+        assert "\n" not in str(error)
+        return
+    read(page)
+    assert text not in page or text.isprintable()
+    assert "<script" not in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e\ud800-\udfff]", page)
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        ElementTree.fromstring(svg.replace("xlink:", ""))
+
+
+def _everywhere(tree, text):
+    """`text` in place of every text but the conditions' names and the record's own words."""
+    if isinstance(tree, dict):
+        kept = ("baseline", "weights", "created", "outcome")
+        return {
+            key: value if key in kept or _is_condition(tree, key) else _everywhere(value, text)
+            for key, value in tree.items()
+        }
+    if isinstance(tree, list):
+        return [_everywhere(value, text) for value in tree]
+    return text if isinstance(tree, str) else tree
+
+
+def _is_condition(tree, key):
+    return key == "name" and "accuracy" in tree
+
+
+def test_lone_halves_of_characters_are_replaced(folder):
+    run = make_run(folder, "half-a-character-1", steps=20, evaluations=2)
+    path = run.path / "comparison.json"
+    path.write_text(path.read_text().replace("Trouser", "Trou\\ud800ser"))
+    try:
+        page = render([RunData.read(run)])
+    except UserError as error:
+        assert "comparison.json is damaged" in str(error)
+    else:
+        assert "Trou\\ud800ser" in page
+        page.encode()
+
+
+DAMAGE = {
+    "config.yaml": ("statistics: {}", "data: {name: digits}", "- 1", "a: [", "\x00"),
+    "comparison.json": (
+        "{}", "[]", "{", '{"kinds": []}',
+        '{"kinds": [{"accuracy": 0.5}], "baseline": "running", "samples": 3, "classes": [], '
+        '"verdict": 3, "layers": {}}',
+    ),
+    "evals.csv": ("step\n1,test,running,x,1,1,1\n", "a\n1,2\n"),
+    "steps.csv": ("step\n1,2\n", "a\nx,y,z,1,2,3\n"),
+    "environment.json": ("[]", '{"created": 3}'),
+    "state.json": ("[]", '{"state": 1, "step": "a"}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(name, one) for name, contents in DAMAGE.items() for one in contents]
+)
+def test_a_damaged_file_is_one_line_that_names_it(folder, tmp_path, name, content):
+    if not (folder / "whole-1").exists():
+        make_run(folder, "whole-1", steps=20, evaluations=2)
+    run = Run(shutil.copytree(folder / "whole-1", tmp_path / "damaged-1"))
+    (run.path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        RunData.read(run)
+    assert name in str(error.value) or str(run.path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_several_runs_are_set_side_by_side(runs, page_of_several):
@@ -141,7 +232,7 @@ def test_several_runs_are_set_side_by_side(runs, page_of_several):
     assert "3 seeds of one config" in text
     assert "Where the configs differ" in text
     assert "model.name" in text
-    assert "This run is interrupted at step 1000 and has no final comparison yet." in text
+    assert "This run is interrupted at step 1,000 and has no final comparison yet." in text
     assert len(reader.ids) == len(set(reader.ids))
     for i in range(1, 6):
         assert f"run-{i}" in reader.ids
@@ -154,9 +245,12 @@ def test_several_runs_are_set_side_by_side(runs, page_of_several):
 def test_seeds_of_one_config_are_recognised(runs, folder):
     data = [RunData.read(run) for run in runs]
     (group,) = seed_groups(data)
-    assert (group.runs, group.seeds) == (["example-1", "example-2", "example-3"], [0, 1, 2])
+    assert [run.name for run in group.runs] == ["example-1", "example-2", "example-3"]
+    assert group.seeds == [0, 1, 2]
     assert group.repeated == []
-    assert [row.kind for row in group.summary] == ["running", "ema-0.99", "recomputed", "batch"]
+    assert [str(row.condition) for row in group.summary] == [
+        "running", "ema-0.99", "recomputed", "batch"
+    ]  # fmt: skip
     again = RunData.read(make_run(folder, "example-9", seed=1, cost=0.03))
     (group,) = seed_groups([*data, again])
     assert group.repeated == ["example-9"]

@@ -289,3 +289,45 @@ def test_layers_without_weights_are_lent_buffers_of_the_models_dtype(dtype):
     assert y.dtype == dtype and bare.running_mean is None
     assert torch.allclose(y.mean(0), torch.zeros(4, dtype=dtype), atol=1e-5)
     assert torch.allclose(y.var(0, correction=0), torch.ones(4, dtype=dtype), atol=1e-3)
+
+
+def test_nothing_finite_becomes_infinite_in_half_precision_buffers():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).half())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    wide = Statistics(
+        {"0": torch.zeros(2).double(), "1": torch.zeros(2).double()},
+        {"0": torch.tensor([1e5, 1.0]).double(), "1": torch.tensor([1.0, 98765.0]).double()},
+        {"0": 1, "1": 1},
+    )
+    message = (
+        "variance of BN layer '1' is 9.876e\\+04, beyond 65504.*float16 buffer: keep BN layers"
+    )
+    with pytest.raises(UserError, match=message):
+        wide.copy_to(model)
+    with pytest.raises(UserError, match=message), wide.applied_to(model):
+        pass
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model.float()
+    wide.copy_to(model)
+    assert model[1].running_var[1] == 98765
+    wide.mean["0"][0] = 1e39
+    with pytest.raises(UserError, match="mean of BN layer '0' is 1e\\+39"):
+        wide.copy_to(model)
+    wide.mean["0"][0] = torch.inf  # is no more than it was
+    wide.copy_to(model)
+
+
+def test_variances_that_torch_has_left_infinite_in_half_precision_are_named():
+    layer = nn.BatchNorm1d(1).half()
+    layer((torch.tensor([[-40_000.0], [40_000.0]])).half())
+    with pytest.warns(UserWarning, match="'' has variances that are not finite in its float16"):
+        assert running_statistics(layer).var[""].isinf().all()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_prefixes_of_wrapped_models_are_named(wrap):
+    model = model_with()
+    with pytest.raises(UserError, match=r"it is wrapped .*use the model inside, `\.module`"):
+        running_statistics(model).copy_to(wrap(model))
+    with pytest.raises(UserError, match=r"of a wrapped model .*take them from the model inside"):
+        running_statistics(wrap(model)).copy_to(model)

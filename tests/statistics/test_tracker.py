@@ -769,3 +769,110 @@ def test_an_estimator_needs_nothing_but_its_rule_and_bank():
     again = StatisticsTracker(other, tracker.estimators)
     again.load_state_dict({**tracker.state_dict(), "estimators": again.state_dict()["estimators"]})
     assert torch.equal(again.statistics()["newest"].var["1"], newest.var["1"])
+
+
+def lightning_update(model, inputs):
+    """What Lightning's StochasticWeightAveraging does before, in and after its last epoch."""
+    momenta = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean = torch.zeros_like(module.running_mean)
+            module.running_var = torch.ones_like(module.running_var)
+            momenta[module] = module.momentum
+            module.momentum = None
+            module.num_batches_tracked *= 0
+    model.train()
+    for x in inputs:
+        model(x)
+    for module, momentum in momenta.items():
+        module.momentum = momentum
+
+
+def torch_update(model, inputs):
+    torch.optim.swa_utils.update_bn(inputs, model)
+
+
+@pytest.mark.parametrize("update", [torch_update, lightning_update])
+@pytest.mark.parametrize("first", ["ema", "mean", "pooled"])
+@pytest.mark.parametrize("ghosts", [False, True])
+def test_update_bn_does_what_it_does_to_torchs_layers(update, first, ghosts):
+    """And the estimators, which follow training, don't count its mini-batches."""
+    model, reference = network(), network()
+    if ghosts:
+        set_normalization_batch(model, 4), set_normalization_batch(reference, 4)
+    tracker = StatisticsTracker(model, {first: ALL[first]})
+    for m in (model, reference):
+        for x in batches(2):
+            m(x)
+        update(m, batches(4, seed=1))
+    for (name, got), (_, expected) in zip(
+        model.named_buffers(), reference.named_buffers(), strict=True
+    ):
+        torch.testing.assert_close(got, expected, msg=name)
+    assert set(tracker.statistics()[first].count.values()) == {2}
+    for m in (model, reference):
+        m(batches(1, seed=2)[0])
+    assert set(tracker.statistics()[first].count.values()) == {3}
+    if first == "ema":  # goes on from what update_bn wrote
+        torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
+
+
+def test_update_bn_is_refused_where_momentum_cannot_tell():
+    model = network(momentum=None)
+    tracker = StatisticsTracker(model, {"mean": Cumulative()})
+    with pytest.raises(UserError, match=r"close\(\) the tracker before update_bn"):
+        torch.optim.swa_utils.update_bn(batches(2), model)
+    tracker.close()
+    torch.optim.swa_utils.update_bn(batches(2), model)
+
+
+@pytest.mark.parametrize("first", ["ema", "pooled"])
+def test_variances_beyond_half_precision_are_refused(first):
+    layer = nn.BatchNorm1d(2).half()
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    tracker = StatisticsTracker(layer, {first: ALL[first]})
+    for scale in (100.0, 200.0):
+        layer((x * scale).half())
+        tracker.update()
+    assert layer.running_var.isfinite().all()
+    layer((x * 400).half())
+    with pytest.raises(UserError, match="variance of a mini-batch in a BN layer is beyond 65504"):
+        tracker.update()
+
+
+def test_pooled_variances_beyond_half_precision_are_refused():
+    """Each mini-batch's is within, but not that of all together."""
+    layer = nn.BatchNorm1d(1).half()
+    tracker = StatisticsTracker(layer, {"ema": Ema(0.9), "pooled": Pooled()})
+    for mean in (-1000.0, 1000.0):
+        layer(torch.tensor([[mean - 1], [mean + 1]]).half())
+        tracker.update()
+    with pytest.raises(UserError, match=r"estimate 'pooled' is 1\.333e"):
+        tracker.statistics()
+
+
+def test_infinities_in_the_input_are_no_matter_of_precision():
+    layer, reference = nn.BatchNorm1d(1).half(), nn.BatchNorm1d(1).half()
+    tracker = StatisticsTracker(layer, {"ema": Ema(0.9)})
+    x = torch.tensor([[float("inf")], [1.0]]).half()
+    layer(x), reference(x)
+    tracker.update()
+    assert torch.equal(layer.running_mean, reference.running_mean)
+    assert layer.running_var.isnan() == reference.running_var.isnan()
+
+
+def test_vmap_is_refused():
+    model = network()
+    StatisticsTracker(model, ALL)
+    x = torch.stack(batches(1) * 2)
+    with pytest.raises(UserError, match=r"called inside torch\.vmap"):
+        torch.vmap(model)(x)
+
+
+def test_replicas_are_refused():
+    model = nn.DataParallel(network())
+    model.device_ids = [0, 1]
+    with pytest.raises(UserError, match=r"the model is a DataParallel on 2 devices.*`\.module`"):
+        StatisticsTracker(model, ALL)
+    model.device_ids = [0]
+    assert "module.1" in StatisticsTracker(model, ALL).statistics()["ema"].names

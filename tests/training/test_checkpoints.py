@@ -22,7 +22,7 @@ def state_of(step):
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    path = save_checkpoint(tmp_path, state_of(7), keep=2, best=False)
+    path = save_checkpoint(tmp_path, state_of(7), keep=2, best=None)
     loaded = load_checkpoint(path)
     assert loaded["step"] == 7 and loaded["name"] == "digits"
     assert torch.equal(loaded["weights"], state_of(7)["weights"])
@@ -30,7 +30,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 30, 400):
-        save_checkpoint(tmp_path, state_of(step), keep=2, best=step == 2)
+        save_checkpoint(tmp_path, state_of(step), keep=2, best="best.pt" if step == 2 else None)
     assert [p.name for p in step_checkpoints(tmp_path)] == [
         "step-000000400.pt",
         "step-000000030.pt",
@@ -40,7 +40,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 
 def test_any_flipped_bit_in_the_data_is_noticed(tmp_path):
-    path = save_checkpoint(tmp_path, state_of(1), keep=2, best=False)
+    path = save_checkpoint(tmp_path, state_of(1), keep=2, best=None)
     whole = path.read_bytes()
     start = whole.index(state_of(1)["weights"].numpy().tobytes())
     rng = random.Random(0)
@@ -54,7 +54,7 @@ def test_any_flipped_bit_in_the_data_is_noticed(tmp_path):
 
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
     """Headers too: what is loaded is either what was saved, or refused in one line."""
-    path = save_checkpoint(tmp_path, {**state_of(1), "weights": torch.arange(4.0)}, 2, False)
+    path = save_checkpoint(tmp_path, {**state_of(1), "weights": torch.arange(4.0)}, 2, None)
     whole = path.read_bytes()
     for position in range(0, len(whole)):
         damaged = bytearray(whole)
@@ -69,8 +69,8 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
 
 
 def test_any_truncation_is_noticed_and_the_one_before_is_used(tmp_path):
-    save_checkpoint(tmp_path, state_of(1), keep=2, best=False)
-    newest = save_checkpoint(tmp_path, state_of(2), keep=2, best=False)
+    save_checkpoint(tmp_path, state_of(1), keep=2, best=None)
+    newest = save_checkpoint(tmp_path, state_of(2), keep=2, best=None)
     whole = newest.read_bytes()
     for size in [0, 1, 100, len(whole) // 2, len(whole) - 1]:
         newest.write_bytes(whole[:size])
@@ -81,7 +81,7 @@ def test_any_truncation_is_noticed_and_the_one_before_is_used(tmp_path):
 
 def test_without_any_whole_checkpoint_the_reason_is_said(tmp_path):
     assert newest_checkpoint(tmp_path) == (None, [])
-    save_checkpoint(tmp_path, state_of(1), keep=2, best=False).write_bytes(b"PK")
+    save_checkpoint(tmp_path, state_of(1), keep=2, best=None).write_bytes(b"PK")
     with pytest.raises(UserError, match="no whole checkpoint"):
         newest_checkpoint(tmp_path)
 
@@ -110,14 +110,14 @@ def test_other_files_of_torch_are_not_taken_for_checkpoints(tmp_path):
 
 
 def test_a_failing_write_leaves_the_former_checkpoint_and_nothing_else(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, state_of(1), keep=1, best=True)
+    save_checkpoint(tmp_path, state_of(1), keep=1, best="best.pt")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path, state_of(2), keep=1, best=True)
+        save_checkpoint(tmp_path, state_of(2), keep=1, best="best.pt")
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "step-000000001.pt"]
     assert newest_checkpoint(tmp_path)[0]["step"] == 1

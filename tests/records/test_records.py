@@ -31,7 +31,7 @@ def config(tmp_path):
 
 
 def create(config, environment, runs):
-    return create_run(config.name, config.to_yaml(), environment, runs)
+    return create_run(config.name, config.to_yaml(), {"environment.json": environment}, runs)
 
 
 def test_runs_made_at_the_same_moment_get_different_folders(tmp_path, config):

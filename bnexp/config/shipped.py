@@ -1,0 +1,31 @@
+"""The configs that come with the package: `bnexp train digits` works in any folder."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import bnexp
+from bnexp.errors import UserError
+
+FOLDER = Path(bnexp.__file__).parent / "configs"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file, by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def find_config(given: str) -> Path:
+    """The file that a user named: by its path, else by the name of a shipped config.
+
+    Raises UserError, with the nearest names, where a bare name is neither.
+    """
+    path, shipped = Path(given), shipped_configs()
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    if given in shipped:
+        return shipped[given]
+    near = difflib.get_close_matches(given, shipped, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(shipped)}"
+    raise UserError(f"no config file {given} here, and none of that name comes with bnexp; {hint}")
