@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from auditing import BATCH, POPULATION, TEST, Net, batches, healthy, train
+from audited import BATCH, POPULATION, TEST, Net, batches, healthy, train
 from torch import nn
 
-from bnexp.audit import audit
+from bnexp.auditing import audit
 from bnexp.errors import UserError
 from bnexp.statistics import Statistics, recompute_statistics, running_statistics
 
@@ -151,6 +151,18 @@ def test_a_share_of_the_initial_values():
     assert "costs" in finding.effect and finding.recomputing_helps
     assert result.comparison.verdict.outcome == "baseline-worse"
     assert result.attribution.explained == pytest.approx(result.attribution.difference, rel=0.1)
+
+
+def test_a_share_of_the_initial_values_that_the_layers_do_not_know_of():
+    """A checkpoint has the averages and their count, and not the momentum they were made with."""
+    torch.manual_seed(0)
+    model = train(Net(momentum=0.002))
+    for layer in (model.bn1, model.bn2, model.bn3):
+        layer.momentum = 0.1
+    result = audit(model, POPULATION, TEST)
+    assert harmful(result) == ["initial-share"]
+    assert "over 150 mini-batches" in result.findings[0].evidence
+    assert "decay of about 0.99" in result.findings[0].evidence
 
 
 def test_other_inputs_than_those_of_training():

@@ -41,7 +41,7 @@ def run_audit(
 
     import torch
 
-    from bnexp.audit import audit
+    from bnexp.auditing import audit
     from bnexp.device import resolve_device
     from bnexp.networks.weights import same_averages_as, write_mended
     from bnexp.records.environment import describe_environment

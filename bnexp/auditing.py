@@ -522,7 +522,11 @@ def _decay(model: nn.Module) -> str:
     if len(momenta) > 1:
         return "several decays"
     momentum = momenta.pop()
-    return "cumulative average" if momentum is None else f"decay {round(1 - momentum, 12):g}"
+    return (
+        "a cumulative average"
+        if momentum is None
+        else f"the layers' decay {round(1 - momentum, 12):g}"
+    )
 
 
 def _finite(statistics: Statistics) -> Statistics:
