@@ -1,6 +1,6 @@
 """What is wrong with a model's BN statistics, in words: one function per kind of fault.
 
-Each looks at plain numbers that were gathered elsewhere (`bnexp.auditing`) and says nothing where it
+Each looks at plain numbers gathered elsewhere (`bnexp.auditing`) and says nothing where it
 finds nothing. No torch.
 """
 
