@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class RecomputeStatistics(Callback):
     """Recompute BN statistics over training batches, and say what that changes.
 
     After every validation (`every` of them), and after the last one, the module is scored on the
-    validation batches twice: with its running averages, logged as `val_accuracy_running`, and with
+    validation batches (of the first loader) twice: with its running averages, logged as `val_accuracy_running`, and with
     statistics recomputed from training batches, logged as `val_accuracy_recomputed`. Training goes
     on with the running averages as if nothing had been.
 
@@ -64,39 +64,41 @@ class RecomputeStatistics(Callback):
         self._validations = 0
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.train_dataloader is None:
+        train, val = trainer.train_dataloader, trainer.val_dataloaders
+        if trainer.sanity_checking or train is None or val is None:
             return
         self._validations += 1
         if self._validations % self.every:
             return
-        recomputed = self._recompute(trainer, pl_module)
+        recomputed = self._recompute(pl_module, train)
         for name, statistics in (
             ("running", running_statistics(pl_module)),
             ("recomputed", recomputed),
         ):
-            accuracy = self._accuracy(trainer, pl_module, statistics)
+            accuracy = self._accuracy(
+                pl_module, val[0] if isinstance(val, list) else val, statistics
+            )
             pl_module.log(f"val_accuracy_{name}", accuracy, prog_bar=name == "recomputed")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.keep and trainer.train_dataloader is not None:
-            self._recompute(trainer, pl_module).copy_to(pl_module)
+            self._recompute(pl_module, trainer.train_dataloader).copy_to(pl_module)
 
     def _output(self, module: nn.Module, batch: Any) -> Any:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         batch = to_device(batch, device)
         return self.forward(module, batch) if self.forward else module(input_of(batch))
 
-    def _recompute(self, trainer: Trainer, module: LightningModule) -> Statistics:
-        batches = FirstSamples(trainer.train_dataloader, self.samples)
+    def _recompute(self, module: LightningModule, train: Iterable) -> Statistics:
+        batches = FirstSamples(train, self.samples)
         return recompute_statistics(
             module, batches, self.method, forward=self._output, progress=self.progress
         )
 
-    def _accuracy(self, trainer: Trainer, module: LightningModule, statistics: Statistics) -> float:
-        loaders = trainer.val_dataloaders
+    def _accuracy(self, module: LightningModule, val: Iterable, statistics: Statistics) -> float:
         right = total = 0
         with inference(module), statistics.applied_to(module):
-            for batch in loaders[0] if isinstance(loaders, list) else loaders:
+            for batch in val:
                 predicted = self._output(module, batch).argmax(1).cpu()
                 labels = labels_of(batch).cpu()
                 right += int((predicted == labels).sum())
