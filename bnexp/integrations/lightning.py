@@ -24,8 +24,8 @@ except ModuleNotFoundError:
 class RecomputeStatistics(Callback):
     """Recompute BN statistics over training batches, and say what that changes.
 
-    After every validation (`every` of them), and after the last one, the module is scored on the
-    validation batches (of the first loader) twice: with its running averages, logged as `val_accuracy_running`, and with
+    After every validation (or every so many), the module is scored on the batches of the first
+    validation loader twice: with its running averages, logged as `val_accuracy_running`, and with
     statistics recomputed from training batches, logged as `val_accuracy_recomputed`. Training goes
     on with the running averages as if nothing had been.
 
