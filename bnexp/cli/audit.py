@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnexp.analysis.expectations import unmet_cost
 from bnexp.config.audit import AuditConfig
 from bnexp.config.loading import load, resolved
 from bnexp.errors import ExpectationNotMet, UserError
 from bnexp.performance import keep_freed_memory
-from bnexp.records import RUNS
 from bnexp.records.audit import next_folder, write_audit
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def run_audit(
     mend: Path | None,
     force: bool,
     as_json: bool,
+    runs: Path,
 ) -> None:
     """`words`: [CONFIG] [MODEL] key=value...; `options`: further overrides by their keys."""
     config = _config(words, options)
@@ -76,7 +77,7 @@ def run_audit(
         else None,
     )
     comparison, findings = result.comparison.to_dict(), result.to_dict()
-    folder = next_folder(config.name, RUNS)
+    folder = next_folder(config.name, runs)
     environment = describe_environment(0, str(device), torch.get_num_threads())
     page = render(
         result.comparison,
@@ -217,12 +218,5 @@ def _forward(config: AuditConfig, device: torch.device) -> Any:
 
 
 def _check_cost(config: AuditConfig, comparison: Comparison) -> None:
-    allowed, compared = config.expect.cost, comparison.compared
-    if allowed is None or compared is None:
-        return
-    cost = compared[1].difference_interval[0]
-    if cost > allowed:
-        raise ExpectationNotMet(
-            f"expect.cost: running averages were to cost {allowed:g} at most, and cost at least "
-            f"{cost:.4g} ({comparison.score}, lower end of the 95 % interval)"
-        )
+    if unmet := unmet_cost(comparison, config.expect.cost):
+        raise ExpectationNotMet(unmet)
