@@ -74,6 +74,8 @@ def run_eval(
         from bnexp.cli.tables import print_comparison
 
         print_comparison(comparison, layers=5)
+        for remark in trained.remarks:
+            print(remark)
 
 
 def _with(run: Run, method: str | None, samples: int | None, further: Sequence[str]) -> Config:
