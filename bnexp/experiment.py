@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bnexp.analysis.comparison import Comparison
+from bnexp.analysis.expectations import unmet_cost
 from bnexp.config import Config, load_config, resolve
 from bnexp.device import describe_device, estimate_step_bytes, resolve_device
 from bnexp.errors import Interrupted, RunFailed, UserError, disk_failure, is_out_of_memory
@@ -178,7 +179,7 @@ def _write_end(run: Run, training: Training, state: str, message: str) -> None:
 def _unmet_expectation(config: Config, comparison: Comparison) -> str | None:
     wanted, found = config.expect.test_accuracy, comparison.base.accuracy
     if wanted is None or found >= wanted:
-        return None
+        return unmet_cost(comparison, config.expect.cost)
     return f"expect.test_accuracy: {wanted:.2%} was expected, {found:.2%} was reached"
 
 

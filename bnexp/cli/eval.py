@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from bnexp.analysis.expectations import unmet_cost
 from bnexp.condition import made_by
 from bnexp.config import Config, resolve
 from bnexp.config.schema import RECOMPUTE_METHODS
-from bnexp.errors import UserError, shown
+from bnexp.errors import ExpectationNotMet, UserError, shown
 from bnexp.performance import allow_tf32, keep_freed_memory
 from bnexp.records import Run, find_run, newest_finished_run
 
@@ -74,6 +75,8 @@ def run_eval(
         from bnexp.cli.tables import print_comparison
 
         print_comparison(comparison, layers=5)
+    if unmet := unmet_cost(comparison, config.expect.cost):
+        raise ExpectationNotMet(unmet)
 
 
 def _with(run: Run, method: str | None, samples: int | None, further: Sequence[str]) -> Config:

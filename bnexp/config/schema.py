@@ -370,6 +370,8 @@ class LoggingConfig(Section):
 class ExpectConfig(Section):
     test_accuracy: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """The run ends with exit code 3 when its final test accuracy is lower."""
+    cost: Annotated[float, Field(ge=0.0)] | None = None
+    """Likewise, and in `bnexp eval`, when running averages cost more, by the whole interval."""
 
 
 class Config(Section):
