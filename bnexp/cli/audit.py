@@ -12,7 +12,6 @@ from bnexp.config.audit import AuditConfig
 from bnexp.config.loading import load, resolved
 from bnexp.errors import ExpectationNotMet, UserError
 from bnexp.performance import keep_freed_memory
-from bnexp.records import RUNS
 from bnexp.records.audit import next_folder, write_audit
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ def run_audit(
     mend: Path | None,
     force: bool,
     as_json: bool,
+    runs: Path,
 ) -> None:
     """`words`: [CONFIG] [MODEL] key=value...; `options`: further overrides by their keys."""
     config = _config(words, options)
@@ -76,7 +76,7 @@ def run_audit(
         else None,
     )
     comparison, findings = result.comparison.to_dict(), result.to_dict()
-    folder = next_folder(config.name, RUNS)
+    folder = next_folder(config.name, runs)
     environment = describe_environment(0, str(device), torch.get_num_threads())
     page = render(
         result.comparison,

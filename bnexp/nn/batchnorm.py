@@ -25,6 +25,9 @@ from bnexp.errors import UserError
 from bnexp.nn.calls import AnsweredCalls, BatchNormCall
 from bnexp.torch_internals import BatchNormBase, in_backward, in_transform
 
+# weight, bias and eps
+Affine = tuple[Tensor | None, Tensor | None, float]
+
 
 class MomentsSlot:
     """Where one layer leaves the moments of its mini-batches for a tracker.
@@ -61,53 +64,60 @@ class TrackedBatchNorm(BatchNormBase):
         if isinstance(input, fx.Proxy):  # a leaf of traced graphs, as torch.nn's layers are
             tracer = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        if self.slot is None and self.normalization_batch is None and not self.frozen:
+            return super().forward(input)
         if self._does_as_its_parent():
             return super().forward(input)
         self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
-        if not self.track_running_stats:
-            mean = var = None
-        call = BatchNormCall(input, mean, var, self.weight, self.bias, True, eps=self.eps)
-        return self._train(call)
+        averages = self.track_running_stats and self.running_mean is not None
+        return self._train(input, averages, (self.weight, self.bias, self.eps))
 
     def _does_as_its_parent(self) -> bool:
         slot = self.slot
-        if slot is not None and not self.training and slot.busy:
+        if self.training:
+            alone = slot is None or slot.unused
+            return alone and self.normalization_batch is None and not self.frozen
+        if slot is not None and slot.busy:
             slot.feed()
-        alone = slot is None or slot.unused
-        return not self.training or (alone and self.normalization_batch is None and not self.frozen)
+        return True
 
-    def _train(self, call: BatchNormCall) -> Tensor:
-        """What `call` does in training mode, as it was set for this layer."""
+    def _train(self, input: Tensor, averages: bool, affine: Affine) -> Tensor:
+        """Normalize in training mode, as it was set. `averages`: statistics are kept."""
         if self.frozen:
             mean, var = self.running_mean, self.running_var
-            return F.batch_norm(call.input, mean, var, call.weight, call.bias, False, 0.0, call.eps)
-        if call.running_mean is None:
-            return self._normalize(call, None, None)
+            weight, bias, eps = affine
+            return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
+        if not averages:
+            return self._normalize(input, None, None, affine)
         slot = self.slot
         if slot is None or slot.unused:
-            return self._normalize_and_average(call)
+            return self._normalize_and_average(input, affine)
         if in_backward():
-            return self._normalize(call, slot.mean.clone(), slot.var.clone())
-        if in_transform(call.input):
-            raise UserError(
-                "a layer that a StatisticsTracker follows is called inside torch.vmap or another "
-                "transform of torch.func, where one input stands for many: close() it first"
-            )
+            return self._normalize(input, slot.mean.clone(), slot.var.clone(), affine)
         if slot.busy:
             slot.feed()
             slot = self.slot or slot  # a new one, if the layer has moved
-        output = self._normalize(call, slot.mean, slot.var)
-        values = call.input.numel() // self.num_features
+        try:
+            output = self._normalize(input, slot.mean, slot.var, affine)
+        except RuntimeError as error:
+            if not in_transform(input):
+                raise
+            raise UserError(
+                "a layer that a StatisticsTracker follows is called inside torch.vmap or another "
+                "transform of torch.func, where one input stands for many: close() it first"
+            ) from error
+        values = input.numel() // self.num_features
         if values:  # torch computes no moments of an empty batch
             slot.values = values
             slot.filled = slot.busy = True
         return output
 
-    def _normalize(self, call: BatchNormCall, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    def _normalize(
+        self, input: Tensor, mean: Tensor | None, var: Tensor | None, affine: Affine
+    ) -> Tensor:
         """Normalize with batch statistics; leave (the average over sub-batches of) the batch mean
         and the unbiased batch variance in `mean` and `var`, (C,) each, unless they are None."""
-        input, _, _, weight, bias, _, _, eps = call
+        weight, bias, eps = affine
         size = self.normalization_batch
         if size is None or input.shape[0] <= size:
             return F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
@@ -126,16 +136,16 @@ class TrackedBatchNorm(BatchNormBase):
             ]
         )
 
-    def _normalize_and_average(self, call: BatchNormCall) -> Tensor:
+    def _normalize_and_average(self, input: Tensor, affine: Affine) -> Tensor:
         """Ghost batches without a tracker: one update of the running buffers per mini-batch."""
         buffers = self.running_mean, self.running_var
-        batch = [None if buffer is None else torch.zeros_like(buffer) for buffer in buffers]
-        output = self._normalize(call, *batch)
+        mean, var = (None if buffer is None else torch.zeros_like(buffer) for buffer in buffers)
+        output = self._normalize(input, mean, var, affine)
         with torch.no_grad():
             counter, momentum = self.num_batches_tracked, self.momentum
             if counter is not None:
                 counter.add_(1)
-            for buffer, value in zip(buffers, batch, strict=True):
+            for buffer, value in zip(buffers, (mean, var), strict=True):
                 if buffer is None or value is None:
                     continue
                 if momentum is not None:
@@ -264,7 +274,8 @@ class FollowedBatchNorm(TrackedBatchNorm):
             if not call.training:
                 return F.batch_norm(*call)
             with self._counting_in(counter):
-                return self._train(call)
+                averages = call.running_mean is not None
+                return self._train(call.input, averages, (call.weight, call.bias, call.eps))
 
         with self._counting_in(lent), AnsweredCalls(type(self).__name__, self, answer) as calls:
             result = own(*args, **kwargs)

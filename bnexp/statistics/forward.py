@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bnexp.errors import NotFinite, UserError
 from bnexp.nn.inference import ModelState
+from bnexp.nn.unseen import UnseenStatistics
 from bnexp.statistics.moments import Moments
 from bnexp.statistics.open_blocks import OpenBlocks
 from bnexp.statistics.pass_settings import PassSettings
@@ -84,7 +85,8 @@ class Runner:
     """Runs the model on a batch, and lets it write into none of the caller's tensors.
 
     It gets copies, until `try_out` has seen that it does not work in place on its input. A pass
-    that `Done` ends leaves nothing that it had set.
+    that `Done` ends leaves nothing that it had set. `unseen`, entered for that first pass, knows
+    what is used behind the BN layers' backs.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Runner:
         self._given = given
         self._settings = settings
         self._writes = True
+        self.unseen = UnseenStatistics(model)
 
     def try_out(self, batch: Any) -> None:
         """Run a batch that nobody else needs, and note whether the model writes into it."""
