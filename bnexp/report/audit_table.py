@@ -81,8 +81,8 @@ def _attribution(comparison: Comparison, attribution: Attribution) -> str:
     head = (
         f"Running averages change the loss by {_signed(attribution.difference)} on "
         f"{attribution.samples:,} test samples; by gradients the layers account for "
-        f"{_signed(attribution.explained)}{share}. The layers that matter most, and what exchanging "
-        "one alone does:"
+        f"{_signed(attribution.explained)}{share}. The layers that matter most, and what "
+        "exchanging one alone does:"
     )
     exchanged = {
         row.name: row for rows in list(comparison.layers.values())[:1] for row in rows if row.mended
