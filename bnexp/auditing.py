@@ -227,6 +227,8 @@ def audit(
         if iter(batches) is batches:
             raise UserError(f"{name} is an iterator, which ends after one pass: give a list or a "
                             "DataLoader")  # fmt: skip
+    if not methods:
+        raise UserError(f"name a method to recompute with: {', '.join(METHODS)}")
     if unknown := [m for m in methods if m not in METHODS]:
         raise UserError(f"method {unknown[0]!r} is unknown: choose {', '.join(METHODS)}")
     task = Task(torch.device(device) if device is not None else device_of(model), forward, score)
@@ -234,7 +236,8 @@ def audit(
     judge = _Judge(model, population, test, task, words, classes, samples)
     if not batchnorm_layers(model):
         return judge.without_batchnorm()
-    return judge.judged(methods, batch, memory, progress, prior, not_in_file, same_averages_as)
+    with torch.random.fork_rng([]):  # a DataLoader draws from it whenever it is gone through
+        return judge.judged(methods, batch, memory, progress, prior, not_in_file, same_averages_as)
 
 
 @dataclass

@@ -333,6 +333,32 @@ def test_halves_are_disjoint_and_compared():
     assert result.halves.worst_distance >= float(distance.sqrt()) > 0
 
 
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_halves_of_a_loader_that_shuffles_are_disjoint_too(generator):
+    from torch.utils.data import DataLoader, TensorDataset
+
+    x, y = samples(240, 1)
+    numbered = TensorDataset(x, y, torch.arange(240))
+    loader = DataLoader(numbered, batch_size=20, shuffle=True, generator=generator)
+    passes = []
+
+    class Watched:
+        def __iter__(self):
+            passes.append([])
+            for batch in loader:
+                passes[-1].append(batch)
+                yield batch
+
+    Watched.generator = generator
+    state = torch.get_rng_state()
+    result = audit(healthy(), Watched(), TEST, samples=160)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert result.population_samples == 160 and result.halves.samples == 80
+    orders = [torch.cat([b[2] for b in p]).tolist() for p in passes if len(p) == 8]
+    assert len(orders) == 3, "all of them, and both halves"
+    assert orders[0] == orders[1] == orders[2] != sorted(orders[0])
+
+
 def test_worst_layers_are_exchanged_in_both_directions():
     model = healthy()
     model.bn2.running_var.mul_(40)

@@ -714,8 +714,8 @@ def halves_differ(facts: Facts) -> Finding | None:
         (halves.worst_layer,),
         f"Statistics from two disjoint halves of {halves.samples:,} samples score "
         f"{_value(halves.scores[0], facts)} and {_value(halves.scores[1], facts)} "
-        f"({halves.changed:,} of {halves.test_samples:,} predictions differ); furthest apart is "
-        f"{halves.worst_layer}, by {halves.worst_distance:.3f}.",
+        f"({halves.changed:,} of {halves.test_samples:,} samples fare otherwise); furthest apart "
+        f"is {halves.worst_layer}, by {halves.worst_distance:.3f}.",
         "The recomputed statistics themselves depend on which samples they are from.",
         "Recompute over more samples.",
         recomputing_helps=None,

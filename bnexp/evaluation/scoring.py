@@ -122,12 +122,17 @@ def other_eps(model: nn.Module, eps: float) -> Iterator[None]:
 @dataclass
 class FirstSamples:
     """The first batches of an iterable, until they hold so many samples; None: all of it.
-    `seen` and `batches_seen` say how many the last pass over them held."""
+
+    `seen` and `batches_seen` say how many the last pass over them held. A DataLoader that shuffles
+    with a generator of its own gives the same order in every pass; one that shuffles with torch's
+    does so where the passes begin with the same state of that, as within `inference`.
+    """
 
     batches: Iterable
     samples: int | None
     seen: int = 0
     batches_seen: int = 0
+    order: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of batches. TypeError where it isn't known beforehand."""
@@ -143,6 +148,11 @@ class FirstSamples:
 
     def __iter__(self) -> Iterator[Any]:
         self.seen = self.batches_seen = 0
+        generator = getattr(self.batches, "generator", None)
+        if isinstance(generator, torch.Generator):
+            if self.order is None:
+                self.order = generator.get_state()
+            generator.set_state(self.order)
         for batch in self.batches:
             self.seen += size_of(batch)
             self.batches_seen += 1
