@@ -328,7 +328,7 @@ def test_another_number_of_threads_is_recorded_and_said(bnexp, config):
     assert done.code == 0 and "the run had 3 threads and goes on with 1" in done.stderr
     assert run.environment["resumes"][0]["threads"] == 1
     done = bnexp("train", "--resume", run.path, "training.steps=15")
-    assert done.code == 0 and "threads" not in done.stderr.replace("1 thread)", "")
+    assert done.code == 0 and "the run had" not in done.stderr
 
 
 def test_data_that_have_changed_are_refused_until_they_are_accepted(bnexp, config):
@@ -344,7 +344,7 @@ def test_data_that_have_changed_are_refused_until_they_are_accepted(bnexp, confi
     assert "eval takes data.root" in only_line(bnexp("eval", run.path, "seed=1"), 2)
     (moved / "a" / "0.png").unlink()
     resume = ("train", "--resume", run.path, f"data.root={moved}", "training.steps=6")
-    for command in (resume, ("eval", run.path, f"data.root={moved}")):
+    for command in (("eval", run.path, f"data.root={moved}"), resume):
         line = only_line(bnexp(*command), 2)
         assert "have changed: " in line and "class a" in line and "--changed-data" in line
         done = bnexp(*command, "--changed-data")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -122,15 +122,37 @@ def other_eps(model: nn.Module, eps: float) -> Iterator[None]:
 @dataclass
 class FirstSamples:
     """The first batches of an iterable, until they hold so many samples; None: all of it.
-    `seen` and `batches_seen` say how many the last pass over them held."""
+
+    `seen` and `batches_seen` say how many the last pass over them held. A DataLoader that shuffles
+    with a generator of its own gives the same order in every pass; one that shuffles with torch's
+    does so where the passes begin with the same state of that, as within `inference`.
+    """
 
     batches: Iterable
     samples: int | None
     seen: int = 0
     batches_seen: int = 0
+    order: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The number of batches. TypeError where it isn't known beforehand."""
+        count = len(self.batches)  # type: ignore[arg-type]
+        if self.samples is None:
+            return count
+        size = getattr(self.batches, "batch_size", None)
+        if size is None and isinstance(self.batches, Sequence) and count:
+            size = size_of(self.batches[0])
+        if not isinstance(size, int):
+            raise TypeError("batches of unknown sizes")
+        return min(count, -(-self.samples // size))
 
     def __iter__(self) -> Iterator[Any]:
         self.seen = self.batches_seen = 0
+        generator = getattr(self.batches, "generator", None)
+        if isinstance(generator, torch.Generator):
+            if self.order is None:
+                self.order = generator.get_state()
+            generator.set_state(self.order)
         for batch in self.batches:
             self.seen += size_of(batch)
             self.batches_seen += 1

@@ -79,10 +79,10 @@ def _attribution(comparison: Comparison, attribution: Attribution) -> str:
     if attribution.difference:
         share = f", {100 * attribution.explained / attribution.difference:.0f} % of it"
     head = (
-        f"Running averages raise the loss by {attribution.difference:.4g} on "
+        f"Running averages change the loss by {_signed(attribution.difference)} on "
         f"{attribution.samples:,} test samples; by gradients the layers account for "
-        f"{attribution.explained:.4g}{share}. The layers that matter most, and what exchanging one "
-        "alone does:"
+        f"{_signed(attribution.explained)}{share}. The layers that matter most, and what "
+        "exchanging one alone does:"
     )
     exchanged = {
         row.name: row for rows in list(comparison.layers.values())[:1] for row in rows if row.mended
@@ -114,9 +114,13 @@ def _halves(comparison: Comparison, halves: Halves) -> str:
     return _wrapped(
         f"How many samples? Statistics from two disjoint halves of {halves.samples:,} samples "
         f"score {first} and {second} on {halves.test_samples:,} test samples, {halves.changed:,} "
-        f"predictions differ; furthest apart is {halves.worst_layer}, by "
+        f"of which fare otherwise; furthest apart is {halves.worst_layer}, by "
         f"{halves.worst_distance:.3f} standard deviations."
     )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4g}".replace("-", "−")
 
 
 def _wrapped(text: str, indent: str = "") -> str:

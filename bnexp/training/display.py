@@ -150,8 +150,6 @@ class Terminal:
 
     @contextlib.contextmanager
     def _while_it_can_be_shown(self) -> Iterator[None]:
-        if self.console.quiet:
-            return
         try:
             yield
         except (OSError, ValueError):

@@ -54,6 +54,7 @@ def calls_and_output(model, x):
     return count.calls, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_are_as_near_to_float64_as_without_folding(name, channels_last):
@@ -240,6 +241,7 @@ def test_wrong_input_is_refused_as_by_the_layer_itself():
         model(torch.rand(3, 4, 4))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_left_as_it_is():
     model = trained_looking(Net(plain_pair))
     weight = model.conv.weight

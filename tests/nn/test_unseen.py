@@ -11,6 +11,7 @@ from bnexp.errors import UserError
 from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.intercept import normalized_by
 from bnexp.nn.unseen import UnseenStatistics
+from bnexp.statistics import recompute_statistics
 
 
 class Folding(nn.Module):
@@ -98,3 +99,14 @@ def test_inputs_without_values_are_refused(kind):
             torch.vmap(model)(torch.ones(2, 2, 3, 4, 4))
         with pytest.raises(UserError, match="'0' is on the meta device"):
             model.to("meta")(torch.ones(2, 3, 4, 4, device="meta"))
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_recomputing_names_them(method):
+    model = nn.Sequential(Folding(), nn.BatchNorm2d(3), Own(), nn.BatchNorm2d(3))
+    batches = [torch.randn(4, 3, 4, 4) for _ in range(3)]
+    with pytest.warns(UserWarning) as caught:
+        assert recompute_statistics(model, batches, method).names == ("1", "3")
+    texts = [str(warning.message) for warning in caught]
+    assert any("'0.bn' are not called" in t and "('1', '3') rest" in t for t in texts)
+    assert any("modules '2' call batch_norm on buffers of their own" in t for t in texts)

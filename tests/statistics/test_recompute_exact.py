@@ -179,6 +179,7 @@ def pooled_calls(calls: list) -> tuple[np.ndarray, np.ndarray, int]:
     return mean, variances.mean(0) + ((means - mean) ** 2).mean(0), int(counts.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_against_a_float64_pass_with_a_single_batch(name):
     model, x = build(name)
@@ -196,6 +197,7 @@ def test_against_a_float64_pass_with_a_single_batch(name):
         assert worst_error(found, mean, var, layer) < TOLERANCE.get(name, 1e-6), layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mixed", "shared", "subclasses"])
 def test_in_float64_it_is_the_definition_to_rounding(name):
     model, x = build(name)

@@ -235,6 +235,7 @@ def test_what_waits_elsewhere_gives_the_same_bits(make, kind, monkeypatch):
         assert torch.equal(found.var[name], expected.var[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 def test_the_bound_is_kept():
     """Tensors alive at once, seen from outside: by the storages the garbage collector finds."""

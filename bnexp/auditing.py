@@ -227,6 +227,8 @@ def audit(
         if iter(batches) is batches:
             raise UserError(f"{name} is an iterator, which ends after one pass: give a list or a "
                             "DataLoader")  # fmt: skip
+    if not methods:
+        raise UserError(f"name a method to recompute with: {', '.join(METHODS)}")
     if unknown := [m for m in methods if m not in METHODS]:
         raise UserError(f"method {unknown[0]!r} is unknown: choose {', '.join(METHODS)}")
     task = Task(torch.device(device) if device is not None else device_of(model), forward, score)
@@ -234,7 +236,8 @@ def audit(
     judge = _Judge(model, population, test, task, words, classes, samples)
     if not batchnorm_layers(model):
         return judge.without_batchnorm()
-    return judge.judged(methods, batch, memory, progress, prior, not_in_file, same_averages_as)
+    with torch.random.fork_rng([]):  # a DataLoader draws from it whenever it is gone through
+        return judge.judged(methods, batch, memory, progress, prior, not_in_file, same_averages_as)
 
 
 @dataclass
@@ -302,7 +305,8 @@ class _Judge:
             halves = {}
             if counted.batches_seen > 1:
                 for start, name in enumerate(("first half", "second half")):
-                    halves[name] = recompute(EveryOther(counted, start), methods[0])
+                    half = EveryOther(counted, start)
+                    halves[name] = self._recompute(half, methods[0], memory, False)
         costs = main.p < 0.05
         attribution = None
         if costs:
@@ -521,7 +525,11 @@ def _decay(model: nn.Module) -> str:
     if len(momenta) > 1:
         return "several decays"
     momentum = momenta.pop()
-    return "cumulative average" if momentum is None else f"decay {round(1 - momentum, 12):g}"
+    return (
+        "a cumulative average"
+        if momentum is None
+        else f"the layers' decay {round(1 - momentum, 12):g}"
+    )
 
 
 def _finite(statistics: Statistics) -> Statistics:
