@@ -19,10 +19,10 @@ from bnexp.torch_internals import version as version_of
 
 
 @contextlib.contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[ModelState]:
     """Inference mode for all modules of `model`, without gradients.
 
-    On exit, also after an exception, what the modules hold (`ModelState`, training flags among it)
+    Gives what the modules hold then. On exit, also after an exception, that, the training flags
     and the states of the random generators are as before. Training flags are set directly: a
     module whose `train()` does more than that doesn't see it called.
     """
@@ -33,11 +33,18 @@ def inference(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(ModelState(model).restore)
-        for module in model.modules():
-            module.training = False
+        training = {module: module.training for module in model.modules()}
+        stack.callback(_set_training, training)
+        _set_training(dict.fromkeys(training, False))
+        given = ModelState(model)
+        stack.callback(given.restore)
         stack.enter_context(torch.no_grad())
-        yield
+        yield given
+
+
+def _set_training(flags: dict[nn.Module, bool]) -> None:
+    for module, flag in flags.items():
+        module.training = flag
 
 
 def eagerly() -> contextlib.AbstractContextManager:
@@ -77,7 +84,11 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._held: dict[int, _Held] = {}
+        self._held: list[_Held] = []
+        # Most are empty (hooks), and are dealt with together.
+        self._empty: list[Any] = []
+        self._names_of_empty: list[str] = []
+        self._seen: set[int] = set()
         self._tensors: list[tuple[str, Tensor, int, Tensor | None]] = []
         for name, hooks in vars(torch_module).items():
             if name.startswith("_global_"):
@@ -88,7 +99,7 @@ class ModelState:
             keys = None
             if isinstance(module, BatchNormBase):
                 keys = [key for key in attributes if key in _OF_ALL_MODULES and key != "_buffers"]
-            self._held[id(attributes)] = _Held(attributes, f"of {of}", keys)
+            self._held.append(_Held(attributes, f"of {of}", keys))
             for key in attributes if keys is None else keys:
                 self._hold(attributes[key], f"in {key!r} of {of}")
             for key, tensor in module._parameters.items():
@@ -98,9 +109,14 @@ class ModelState:
 
     def _hold(self, value: Any, where: str, depth: int = 2) -> None:
         """`value` and the containers inside it, if it is a container."""
-        if type(value) not in _CONTAINERS or id(value) in self._held:
+        if type(value) not in _CONTAINERS or id(value) in self._seen:
             return
-        self._held[id(value)] = _Held(value, where)
+        self._seen.add(id(value))
+        if not value:
+            self._empty.append(value)
+            self._names_of_empty.append(where)
+            return
+        self._held.append(_Held(value, where))
         for item in (value.values() if isinstance(value, dict) else value) if depth else ():
             self._hold(item, where, depth - 1)
 
@@ -111,7 +127,9 @@ class ModelState:
 
     def change(self) -> str | None:
         """The first difference found from the time this was made; None where there is none."""
-        for held in self._held.values():
+        if any(self._empty):
+            return f"items {self._names_of_empty[[*map(bool, self._empty)].index(True)]}"
+        for held in self._held:
             if (key := held.difference()) is not None:
                 return f"{key} {held.where}"
         for where, tensor, version, _ in self._tensors:
@@ -120,8 +138,10 @@ class ModelState:
         return None
 
     def restore(self) -> None:
-        for held in self._held.values():
+        for held in self._held:
             held.restore()
+        for container in self._empty:
+            container.clear()
         for _, tensor, version, value in self._tensors:
             if value is not None and version_of(tensor) != version:
                 tensor.copy_(value)
@@ -129,6 +149,8 @@ class ModelState:
 
 class _Held:
     """A dict, list or set and what was in it; of a dict, only `keys` where they are given."""
+
+    __slots__ = ("_now", "_then", "_whole", "where")
 
     def __init__(self, container: Any, where: str, keys: list | None = None) -> None:
         self.where = where

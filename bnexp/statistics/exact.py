@@ -260,7 +260,8 @@ class _Sweep:
     ) -> None:
         self.population: list[PopulationCall] = []
         self._task = task
-        self._state = ModelState(task.model)
+        # The first pass may have left something behind the last layer.
+        self._state = task.given if task.given.change() is None else ModelState(task.model)
         self._path = path
         self._lockstep = lockstep
         self._mode = mode

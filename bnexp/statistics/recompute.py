@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 from bnexp.nn.find import batchnorm_layers, refuse_replicas
-from bnexp.nn.inference import ModelState, eagerly, inference
+from bnexp.nn.inference import eagerly, inference
 from bnexp.nn.intercept import normalized_by
 from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics.exact import MemoryEstimate, exact, memory_estimate
@@ -180,8 +180,8 @@ def prepared_task(
         )
     device = torch.device(device) if device is not None else device_of(model)
     bound = memory_bound(memory, device)
-    with eagerly(), inference(model):
-        given, settings = ModelState(model), PassSettings()
+    with eagerly(), inference(model) as given:
+        settings = PassSettings()
         run = Runner(model, device, forward, given, settings)
         try:
             yield Task(model, given, layers, batches, run, device, bound, stop_after, calls, report)
