@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bnexp.analysis.comparison import compare
+    from bnexp.auditing import Audit, audit
     from bnexp.errors import UserError
+    from bnexp.evaluation.evaluate import evaluate
     from bnexp.experiment import run_experiment
     from bnexp.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
     from bnexp.statistics import (
@@ -20,11 +23,19 @@ if TYPE_CHECKING:
         Pooled,
         Statistics,
         StatisticsTracker,
+        layer_drift,
         recompute_statistics,
         running_statistics,
     )
+    from bnexp.statistics.blend import blend
 
 _HOME = {
+    "Audit": "bnexp.auditing",
+    "audit": "bnexp.auditing",
+    "blend": "bnexp.statistics.blend",
+    "compare": "bnexp.analysis.comparison",
+    "evaluate": "bnexp.evaluation.evaluate",
+    "layer_drift": "bnexp.statistics",
     "BatchNorm1d": "bnexp.nn",
     "BatchNorm2d": "bnexp.nn",
     "BatchNorm3d": "bnexp.nn",
@@ -41,6 +52,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Audit",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -51,7 +63,12 @@ __all__ = [
     "StatisticsTracker",
     "UserError",
     "__version__",
+    "audit",
+    "blend",
+    "compare",
     "convert_batchnorm",
+    "evaluate",
+    "layer_drift",
     "recompute_statistics",
     "run_experiment",
     "running_statistics",

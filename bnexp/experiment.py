@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bnexp.analysis.comparison import Comparison
+from bnexp.analysis.expectations import unmet_accuracy, unmet_cost, unmet_worst_cost
 from bnexp.config import Config, load_config, resolve
 from bnexp.device import describe_device, estimate_step_bytes, resolve_device
 from bnexp.errors import Interrupted, RunFailed, UserError, disk_failure, is_out_of_memory
@@ -154,7 +155,7 @@ def _run_to_the_end(
     run.write_state("finished", state.step, total, result.weights, result.message)
     if result.message:
         display.line(result.message)
-    unmet = _unmet_expectation(training.config, result.comparison)
+    unmet = _unmet_expectation(run, training.config, result.comparison)
     return Outcome(run, result.comparison, result.weights, result.message, unmet)
 
 
@@ -175,11 +176,13 @@ def _write_end(run: Run, training: Training, state: str, message: str) -> None:
         run.write_state(state, training.state.saved_step, training.total_steps, "last", message)
 
 
-def _unmet_expectation(config: Config, comparison: Comparison) -> str | None:
-    wanted, found = config.expect.test_accuracy, comparison.base.accuracy
-    if wanted is None or found >= wanted:
-        return None
-    return f"expect.test_accuracy: {wanted:.2%} was expected, {found:.2%} was reached"
+def _unmet_expectation(run: Run, config: Config, comparison: Comparison) -> str | None:
+    expect = config.expect
+    return (
+        unmet_accuracy(comparison, expect.test_accuracy)
+        or unmet_cost(comparison, expect.cost)
+        or unmet_worst_cost(comparison, run.test_accuracies(), expect.worst_cost)
+    )
 
 
 def _explained(error: Exception, run: Run, training: Training) -> Exception:

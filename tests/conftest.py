@@ -26,6 +26,14 @@ needs_fashion_mnist = pytest.mark.skipif(
     not FASHION_MNIST.exists(), reason="Fashion-MNIST is not installed"
 )
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes that train is slow."""
+    for item in items:
+        if "bnexp" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 _SERVER = r"""
 import json, os, resource, signal, sys
 import bnexp.cli

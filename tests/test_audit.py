@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from auditing import BATCH, POPULATION, TEST, Net, batches, healthy, train
+from audited import BATCH, POPULATION, TEST, Net, batches, healthy, samples, train
 from torch import nn
 
-from bnexp.audit import audit
+from bnexp.auditing import audit
 from bnexp.errors import UserError
 from bnexp.statistics import Statistics, recompute_statistics, running_statistics
 
@@ -151,6 +151,18 @@ def test_a_share_of_the_initial_values():
     assert "costs" in finding.effect and finding.recomputing_helps
     assert result.comparison.verdict.outcome == "baseline-worse"
     assert result.attribution.explained == pytest.approx(result.attribution.difference, rel=0.1)
+
+
+def test_a_share_of_the_initial_values_that_the_layers_do_not_know_of():
+    """A checkpoint has the averages and their count, and not the momentum they were made with."""
+    torch.manual_seed(0)
+    model = train(Net(momentum=0.002))
+    for layer in (model.bn1, model.bn2, model.bn3):
+        layer.momentum = 0.1
+    result = audit(model, POPULATION, TEST)
+    assert harmful(result) == ["initial-share"]
+    assert "over 150 mini-batches" in result.findings[0].evidence
+    assert "decay of about 0.99" in result.findings[0].evidence
 
 
 def test_other_inputs_than_those_of_training():
@@ -371,6 +383,41 @@ def test_a_score_of_ones_own():
     assert result.attribution.difference > 0
     json.dumps(result.comparison.to_dict(), allow_nan=False)
     json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_another_domain_is_adapted_to_with_a_prior():
+    """Images darkened and shifted: neither the source's statistics nor few of the target's."""
+    model = healthy()
+    x, y = samples(600, 5)
+    dark = [(0.4 * a + 2, b) for a, b in zip(x.split(100), y.split(100), strict=True)]
+    unlabelled = [a for a, _ in dark[:1]]
+    result = audit(model, unlabelled, dark[1:], prior=20)
+    running, recomputed, blended = result.comparison.results
+    assert str(blended.condition) == "blended" and "20 of 120 samples" in blended.label
+    assert recomputed.accuracy > running.accuracy + 0.2
+    assert "inputs-differ" in harmful(result)
+    own = running_statistics(model)
+    target = recompute_statistics(model, unlabelled)
+    expected = (20 * own.mean["bn1"].double() + 100 * target.mean["bn1"]) / 120
+    assert torch.allclose(result.statistics["blended"].mean["bn1"], expected)
+    result.mend(model)
+    assert torch.equal(model.bn1.running_mean, result.statistics["blended"].mean["bn1"].float())
+
+
+def test_it_is_shown_as_text_and_as_html(tmp_path):
+    model = healthy()
+    model.bn2.running_var.mul_(40)
+    result = audit(model, POPULATION, TEST)
+    text, html = str(result), result._repr_html_()
+    for part in (result.summary, "lagging", "recomputed", "bn2"):
+        assert part in text and part in html
+    assert max(map(len, text.splitlines())) <= 120
+    result.report(tmp_path / "audit.html")
+    page = (tmp_path / "audit.html").read_text()
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    result.save(tmp_path / "runs" / "mine-1")
+    with pytest.raises(UserError, match="exists"):
+        result.save(tmp_path / "runs" / "mine-1")
 
 
 def test_a_last_batch_of_one_sample_under_batch_statistics():

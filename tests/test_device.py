@@ -42,6 +42,7 @@ class PeakMemory(TorchDispatchMode):
         self.held -= size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, shape",
     [

@@ -35,6 +35,27 @@ def test_code_blocks_of_the_statistics_page_run(tmp_path, monkeypatch, capsys):
         assert abs(offset["fvcore"] - offset["truth"]) > 0.5 * offset["truth"]
 
 
+def test_code_blocks_of_the_audit_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "audit.md").read_text(), re.M | re.S)
+    names: dict = {}
+    for number, block in enumerate(blocks):
+        if block.startswith("# needs lightning"):
+            pytest.importorskip("lightning")
+        exec(compile(block, f"audit.md, block {number}", "exec"), names)
+    assert "initial-share" in capsys.readouterr().out
+    assert (tmp_path / "audit.html").exists()
+    assert [finding.code for finding in names["audit"].findings] == ["initial-share"]
+
+
+def test_the_audit_page_names_every_finding():
+    source = (DOCS.parent / "bnexp" / "analysis" / "findings.py").read_text()
+    codes = set(re.findall(r'Finding\(\n        "([a-z-]+)"', source))
+    assert len(codes) >= 18
+    page = (DOCS / "audit.md").read_text()
+    assert not [code for code in codes if f"`{code}`" not in page]
+
+
 def test_links_of_the_statistics_page_lead_somewhere():
     text = PAGE.read_text()
     anchors = {

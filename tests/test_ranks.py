@@ -59,6 +59,7 @@ def run_two_ranks(script, folder):
     return [output.splitlines() for output, _ in results]
 
 
+@pytest.mark.slow
 def test_the_tracker_asks_for_a_choice_on_every_rank(tmp_path):
     actions = (
         'lambda ranks: bnexp.StatisticsTracker(model, {"a": bnexp.Ema(0.9)}, ranks=ranks).close()'

@@ -1,6 +1,6 @@
 """What is wrong with a model's BN statistics, in words: one function per kind of fault.
 
-Each looks at plain numbers that were gathered elsewhere (`bnexp.audit`) and says nothing where it
+Each looks at plain numbers gathered elsewhere (`bnexp.auditing`) and says nothing where it
 finds nothing. No torch.
 """
 
@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 # A share of their initial values that averages still hold is worth saying from here on.
 INITIAL_SHARE = 0.01
+# Where the decay isn't known to be the one of training, a share of the initial values is inferred
+# from the averages themselves if it explains so much of their distance from the population.
+SHARE_EXPLAINS = 0.8
 # A running variance below this is that of a channel which never changes.
 DEAD = 1e-12
 # A running variance this many times the population's is of values that training met and left.
@@ -177,6 +181,41 @@ class Facts:
             if layer.population is not None
         ]
 
+    @cached_property
+    def inferred_share(self) -> float | None:
+        """The weight s of the initial 0 and 1 with which `s·initial + (1 - s)·population` fits the
+        running averages of all layers best (least squares, in the population's units); None where
+        that doesn't explain them. A checkpoint says how many mini-batches were averaged, and not
+        with which decay."""
+        x, y = [], []
+        for layer, held, population in self.known:
+            if not held.finite.all() or layer.as_constructed or not layer.tracked:
+                continue
+            scale = population.var + layer.eps
+            x += [-population.mean / np.sqrt(scale), (1 - population.var) / scale]
+            y += [
+                (held.mean - population.mean) / np.sqrt(scale),
+                (held.var - population.var) / scale,
+            ]
+        if not x:
+            return None
+        initial, distance = np.concatenate(x), np.concatenate(y)
+        if not initial.any() or not distance.any():
+            return None
+        share = float(initial @ distance / (initial @ initial))
+        left = distance - share * initial
+        explained = 1 - float(left @ left / (distance @ distance))
+        if not INITIAL_SHARE <= share < 1 or explained < SHARE_EXPLAINS:
+            return None
+        return share
+
+    def share_of(self, layer: LayerFacts) -> float:
+        """What weight the initial values have in a layer's averages: known from its decay, or
+        inferred."""
+        if layer.initial_share >= INITIAL_SHARE or not layer.tracked:
+            return layer.initial_share
+        return self.inferred_share or 0.0
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -281,11 +320,13 @@ def initial_share(facts: Facts) -> Finding | None:
     bad = [
         layer
         for layer, _ in facts.tracking
-        if layer.initial_share >= INITIAL_SHARE and not layer.as_constructed
+        if facts.share_of(layer) >= INITIAL_SHARE and not layer.as_constructed
     ]
     if not bad:
         return None
-    worst = max(bad, key=lambda layer: layer.initial_share)
+    worst = max(bad, key=facts.share_of)
+    if worst.initial_share < INITIAL_SHARE:
+        return _inferred(facts, bad, worst)
     decay = 1 - (worst.momentum or 0)
     enough = math.ceil(math.log(INITIAL_SHARE) / math.log(decay))
     return Finding(
@@ -294,6 +335,23 @@ def initial_share(facts: Facts) -> Finding | None:
         f"{_layers(bad)} with decay {decay:g} (momentum {worst.momentum:g}) have averaged over "
         f"{worst.tracked:,} mini-batches: {100 * worst.initial_share:.1f} % of what they hold is "
         f"still the initial mean 0 and variance 1; below 1 % it takes {enough:,} mini-batches.",
+        _effect(facts, "The averages are pulled towards values that no data ever had"),
+        f"{RECOMPUTE} For the next training take a smaller decay (a larger momentum), or averages "
+        "without a memory of their start (debiased, or momentum=None).",
+        recomputing_helps=True,
+    )
+
+
+def _inferred(facts: Facts, bad: Sequence[LayerFacts], worst: LayerFacts) -> Finding:
+    share, tracked = facts.share_of(worst), worst.tracked or 0
+    decay = share ** (1 / tracked)
+    return Finding(
+        "initial-share",
+        _names(bad),
+        f"The averages of {_layers(bad)} are what {100 * share:.0f} % of the initial mean 0 and "
+        f"variance 1 and {100 - 100 * share:.0f} % of the population would be. They were taken "
+        f"over {tracked:,} mini-batches, so that they were made with a decay of about {decay:.4g} "
+        f"(momentum {1 - decay:.2g}), whatever the model is built with now.",
         _effect(facts, "The averages are pulled towards values that no data ever had"),
         f"{RECOMPUTE} For the next training take a smaller decay (a larger momentum), or averages "
         "without a memory of their start (debiased, or momentum=None).",
@@ -338,7 +396,7 @@ def huge_variance(facts: Facts) -> Finding | None:
     ratios = {
         layer.name: float(((held.var + layer.eps) / (population.var + layer.eps)).max())
         for layer, held, population in facts.known
-        if held.finite.all() and not layer.as_constructed
+        if held.finite.all() and not layer.as_constructed and facts.share_of(layer) < INITIAL_SHARE
     }
     bad = {name: ratio for name, ratio in ratios.items() if ratio > HUGE}
     if not bad:
@@ -364,13 +422,13 @@ def distances(facts: Facts) -> list[Distance]:
     found = [
         _distance(layer, held, population, facts)
         for layer, held, population in facts.known
-        if held.finite.all() and not layer.as_constructed and layer.initial_share < 0.99
+        if held.finite.all() and not layer.as_constructed and facts.share_of(layer) < 0.99
     ]
     return sorted(found, key=lambda d: math.inf if d.layer.depth is None else d.layer.depth)
 
 
 def _distance(layer: LayerFacts, held: Values, population: Values, facts: Facts) -> Distance:
-    share = layer.initial_share
+    share = facts.share_of(layer)
     mean = held.mean / (1 - share)
     var = np.maximum((held.var - share) / (1 - share), 0)
     scale = population.var + layer.eps
@@ -401,7 +459,7 @@ def _off(facts: Facts) -> list[Distance]:
     off = [
         d
         for d in distances(facts)
-        if d.beyond_noise and d.layer.initial_share < INITIAL_SHARE  # has a finding of its own
+        if d.beyond_noise and facts.share_of(d.layer) < INITIAL_SHARE  # has a finding of its own
     ]
     gain = facts.recomputed
     matters = gain is not None and (gain.better or gain.worse)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bnexp.analysis.intervals import Interval, holm, mcnemar_p
@@ -90,3 +90,19 @@ def class_p_values(results: Sequence[Result]) -> dict[Condition, list[float | No
     for (condition, i, _), p in zip(tested, holm([p for *_, p in tested]), strict=True):
         found[condition][i] = p
     return found
+
+
+def costs_along_the_run(
+    results: Sequence[Result], rows: Iterable[tuple[int, Condition, float]]
+) -> dict[int, tuple[float, float]]:
+    """Step -> accuracies under the baseline and under the condition it is judged by, of the
+    evaluations (step, condition, accuracy) at which both were looked at."""
+    compared = compared_result(results)
+    if compared is None:
+        return {}
+    base, other = str(results[0].condition), str(compared[0].condition)
+    by_step: dict[int, dict[str, float]] = {}
+    for step, condition, accuracy in rows:
+        by_step.setdefault(step, {})[str(condition)] = accuracy
+    both = {base, other}
+    return {step: (f[base], f[other]) for step, f in by_step.items() if both <= f.keys()}

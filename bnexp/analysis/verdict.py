@@ -12,6 +12,7 @@ from bnexp.analysis.results import (
     Result,
     class_p_values,
     compared_result,
+    costs_along_the_run,
     paired_results,
 )
 from bnexp.analysis.words import (
@@ -164,15 +165,8 @@ def worst_moment(
     compared = compared_result(results)
     if compared is None or verdict.outcome == "chance":
         return verdict
-    base, other = str(results[0].condition), str(compared[0].condition)
-    by_step: dict[int, dict[str, float]] = {}
-    for step, condition, accuracy in rows:
-        by_step.setdefault(step, {})[str(condition)] = accuracy
-    moments = [
-        (found[other] - found[base], step)
-        for step, found in by_step.items()
-        if base in found and other in found
-    ]
+    seen = costs_along_the_run(results, rows)
+    moments = [(other - base, step) for step, (base, other) in seen.items()]
     if len(moments) < 2:
         return verdict
     difference, step = max(moments)
@@ -180,12 +174,12 @@ def worst_moment(
     p = mcnemar_p(max(0, round(difference * samples)), 0) * len(moments)
     if difference <= max(AGREEMENT, compared[1].difference) or p >= SIGNIFICANT:
         return verdict
-    accuracies = by_step[step]
+    first, second = seen[step]
     return replace(
         verdict,
         text=f"{verdict.text} The worst moment of the run: {points(difference, 2)} points lost at "
-        f"step {count(step)} ({base} {percent(accuracies[base], 2)}, {other} "
-        f"{percent(accuracies[other], 2)}; the largest of {count(len(moments))} such differences).",
+        f"step {count(step)} ({results[0].condition} {percent(first, 2)}, {compared[0].condition} "
+        f"{percent(second, 2)}; the largest of {count(len(moments))} such differences).",
     )
 
 

@@ -7,18 +7,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnexp.analysis.expectations import unmet_cost
 from bnexp.config.audit import AuditConfig
 from bnexp.config.loading import load, resolved
 from bnexp.errors import ExpectationNotMet, UserError
 from bnexp.performance import keep_freed_memory
-from bnexp.records import RUNS
 from bnexp.records.audit import next_folder, write_audit
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bnexp.analysis.comparison import Comparison
     from bnexp.data.open import Opened
     from bnexp.networks.weights import Checkpoint, Match
 
@@ -29,6 +28,7 @@ def run_audit(
     mend: Path | None,
     force: bool,
     as_json: bool,
+    runs: Path,
 ) -> None:
     """`words`: [CONFIG] [MODEL] key=value...; `options`: further overrides by their keys."""
     config = _config(words, options)
@@ -41,7 +41,7 @@ def run_audit(
 
     import torch
 
-    from bnexp.audit import audit
+    from bnexp.auditing import audit
     from bnexp.device import resolve_device
     from bnexp.networks.weights import same_averages_as, write_mended
     from bnexp.records.environment import describe_environment
@@ -76,7 +76,7 @@ def run_audit(
         else None,
     )
     comparison, findings = result.comparison.to_dict(), result.to_dict()
-    folder = next_folder(config.name, RUNS)
+    folder = next_folder(config.name, runs)
     environment = describe_environment(0, str(device), torch.get_num_threads())
     page = render(
         result.comparison,
@@ -103,7 +103,8 @@ def run_audit(
     if mend is not None and checkpoint is not None and found is not None:
         write_mended(checkpoint, found, result.mended(force=force), mend)
         say(f"mended: {mend}")
-    _check_cost(config, result.comparison)
+    if unmet := unmet_cost(result.comparison, config.expect.cost):
+        raise ExpectationNotMet(unmet)
 
 
 def _config(words: list[str], options: dict[str, str | None]) -> AuditConfig:
@@ -122,7 +123,7 @@ def _config(words: list[str], options: dict[str, str | None]) -> AuditConfig:
             "say what to audit: a config, or a model as in: bnexp audit torchvision/resnet18 "
             "--weights her.ckpt --population data/train --test data/val"
         )
-    return resolved({}, overrides, "audit", AuditConfig)
+    return resolved({"data": {}}, overrides, "audit", AuditConfig)
 
 
 def _model(config: AuditConfig, say: Any) -> tuple[nn.Module, Checkpoint | None, Match | None]:
@@ -214,15 +215,3 @@ def _forward(config: AuditConfig, device: torch.device) -> Any:
             return own(model, batch) if own is not None else model(input_of(batch))
 
     return forward
-
-
-def _check_cost(config: AuditConfig, comparison: Comparison) -> None:
-    allowed, compared = config.expect.cost, comparison.compared
-    if allowed is None or compared is None:
-        return
-    cost = compared[1].difference_interval[0]
-    if cost > allowed:
-        raise ExpectationNotMet(
-            f"expect.cost: running averages were to cost {allowed:g} at most, and cost at least "
-            f"{cost:.4g} ({comparison.score}, lower end of the 95 % interval)"
-        )

@@ -11,12 +11,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 ChangedData = Annotated[
     bool, typer.Option("--changed-data", help="Go on though the run's data have changed.")
 ]
+RunsDir = Annotated[
+    Path, typer.Option("--runs-dir", envvar="BNEXP_RUNS", help="The folder of the records.")
+]
+RUNS = Path("runs")
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 
 def train(
     config: Annotated[
-        str | None, typer.Argument(help="YAML file; not needed with --resume.")
+        str | None,
+        typer.Argument(help="YAML file, or a shipped config's name; not needed with --resume."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -28,11 +33,30 @@ def train(
         str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
     ] = None,
     changed_data: ChangedData = False,
+    runs_dir: RunsDir = RUNS,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, warnings and errors alone.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve everything, estimate time and memory.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a network and compare its BN statistics."""
     from bnexp.cli.train import run_train
 
-    run_train(config, overrides or [], device, name, resume, changed_data)
+    run_train(
+        config,
+        overrides or [],
+        device,
+        name,
+        resume,
+        changed_data,
+        runs=runs_dir,
+        quiet=quiet,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
 
 
 def evaluate(
@@ -61,6 +85,7 @@ def evaluate(
     ] = False,
     device: Device = None,
     changed_data: ChangedData = False,
+    runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run under each kind of BN statistics."""
@@ -77,6 +102,7 @@ def evaluate(
         as_json,
         changed_data,
         overrides or [],
+        runs_dir,
     )
 
 
@@ -109,6 +135,7 @@ def audit(
     ] = False,
     device: Device = None,
     name: Annotated[str | None, typer.Option(help="Name of the record's folder.")] = None,
+    runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
     """Judge a model trained anywhere: verdict, findings, layers; and mend its checkpoint."""
@@ -122,7 +149,7 @@ def audit(
         "device": device,
         "name": name,
     }
-    run_audit(what or [], options, mend, force, as_json)
+    run_audit(what or [], options, mend, force, as_json, runs_dir)
 
 
 def report(
@@ -143,15 +170,19 @@ def report(
     file_format: Annotated[
         str, typer.Option("--format", help="html: one page; png or svg: every figure as a file.")
     ] = "html",
+    runs_dir: RunsDir = RUNS,
 ) -> None:
     """Write one self-contained HTML page about runs."""
     from bnexp.cli.report import run_report
 
-    run_report(runs or [], output, file_format)
+    run_report(runs or [], output, file_format, runs_dir)
 
 
 def runs(
-    folder: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
+    folder: Annotated[
+        Path,
+        typer.Option("--runs-dir", "--folder", envvar="BNEXP_RUNS", help="The folder of the runs."),
+    ] = RUNS,
     as_json: Json = False,
 ) -> None:
     """List the runs, newest first."""
@@ -162,17 +193,18 @@ def runs(
 
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more.")],
+    runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
     """Set runs side by side."""
     from bnexp.cli.compare import run_compare
 
-    run_compare(runs, as_json)
+    run_compare(runs, runs_dir, as_json)
 
 
 def config(
     path: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="YAML file to resolve.")
+        str | None, typer.Argument(metavar="CONFIG", help="YAML file, or a shipped config's name.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Dotted overrides.")
@@ -198,11 +230,12 @@ def export(
         typer.Option(help="Which statistics: running, recomputed, or an estimator's name."),
     ] = None,
     device: Device = None,
+    runs_dir: RunsDir = RUNS,
 ) -> None:
     """Write a run's network as a plain state_dict that loads without bnexp."""
     from bnexp.cli.export import run_export
 
-    run_export(run, out, weights, statistics, device)
+    run_export(run, out, weights, statistics, device, runs_dir)
 
 
 def init(

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -21,8 +22,8 @@ from bnexp.report.several import SeedGroup, by_test_set, config_differences, see
 CURVE_COLUMNS = 6
 
 
-def run_compare(runs: list[str], as_json: bool) -> None:
-    found = [find_run(name) for name in runs]
+def run_compare(runs: list[str], runs_dir: Path, as_json: bool) -> None:
+    found = [find_run(name, runs_dir) for name in runs]
     if len({run.path.resolve() for run in found}) < len(found):
         raise UserError("a run is named twice")
     if len(found) < 2:

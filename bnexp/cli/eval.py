@@ -6,20 +6,25 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnexp.analysis.expectations import unmet_cost
 from bnexp.condition import made_by
 from bnexp.config import Config, resolve
 from bnexp.config.schema import RECOMPUTE_METHODS
-from bnexp.errors import UserError, shown
+from bnexp.errors import ExpectationNotMet, UserError, shown
 from bnexp.performance import allow_tf32, keep_freed_memory
-from bnexp.records import Run, find_run, newest_finished_run
+from bnexp.records import RUNS, Run, find_run, newest_finished_run
 
 if TYPE_CHECKING:
     from bnexp.training.trained import Trained
 
-MAY_MOVE = ("data.root", "data.workers")
+MAY_CHANGE = ("data.root", "data.workers", "expect.cost")
 WEIGHTS = ("last", "best", "best-on-test", "ema", "swa")
+
+
+QUICK_SECONDS = 10.0
 
 
 def run_eval(
@@ -33,6 +38,7 @@ def run_eval(
     as_json: bool,
     changed_data: bool = False,
     overrides: Sequence[str] = (),
+    runs: Path = RUNS,
 ) -> None:
     if run is not None and "=" in run:
         overrides = [run, *overrides]
@@ -40,13 +46,13 @@ def run_eval(
     methods = list(dict.fromkeys(method))
     if unknown := [m for m in methods if m not in RECOMPUTE_METHODS]:
         raise UserError(f"--method {unknown[0]}: allowed are {', '.join(RECOMPUTE_METHODS)}")
-    if other := [text for text in overrides if text.partition("=")[0] not in MAY_MOVE]:
-        raise UserError(f"{shown(other[0])}: eval takes {' and '.join(MAY_MOVE)} alone")
+    if other := [text for text in overrides if text.partition("=")[0] not in MAY_CHANGE]:
+        raise UserError(f"{shown(other[0])}: eval takes {' and '.join(MAY_CHANGE)} alone")
     if (methods or samples) and not recompute_stats:
         raise UserError("--method and --samples say how to recompute: add --recompute-stats")
     if weights is not None and weights not in WEIGHTS:
         raise UserError(f"--weights {weights}: allowed are {', '.join(WEIGHTS)}")
-    found = find_run(run) if run is not None else newest_finished_run()
+    found = find_run(run, runs) if run is not None else newest_finished_run(runs)
     config = _with(found, methods[0] if len(methods) == 1 else None, samples, overrides)
     if config.performance.allocator:
         keep_freed_memory()
@@ -66,7 +72,8 @@ def run_eval(
             f"on {describe_device(resolved)}",
             file=sys.stderr,
         )
-    comparison = _compare(trained, recompute_stats, methods, batch, not as_json)
+    recompute = recompute_stats or config.expect.cost is not None or _is_quick(found)
+    comparison = _compare(trained, recompute, methods, batch, not as_json)
     if as_json:
         head = {"run": str(found.path), "step": trained.step, "weights": weights}
         print(json.dumps({**head, **comparison.to_dict()}, indent=2, allow_nan=False))
@@ -76,6 +83,14 @@ def run_eval(
         print_comparison(comparison, layers=5)
         for remark in trained.remarks:
             print(remark)
+    if unmet := unmet_cost(comparison, config.expect.cost):
+        raise ExpectationNotMet(unmet)
+
+
+def _is_quick(run: Run) -> bool:
+    """Whether recomputing and testing took seconds only when the run did it."""
+    took = [row["seconds"] for row in run.evals() if row["statistics"] == "recomputed"]
+    return bool(took) and took[-1] <= QUICK_SECONDS
 
 
 def _with(run: Run, method: str | None, samples: int | None, further: Sequence[str]) -> Config:

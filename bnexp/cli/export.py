@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run_export(
-    run: str, out: Path, weights: str | None, statistics: str | None, device: str | None
+    run: str, out: Path, weights: str | None, statistics: str | None, device: str | None, runs: Path
 ) -> None:
     """Write the weights, with the statistics of that name in the BN buffers, to `out`.
 
@@ -35,7 +35,7 @@ def run_export(
         raise UserError(f"{out} exists already; name another file")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out} can't be written: there is no folder {out.parent}")
-    found = find_run(run)
+    found = find_run(run, runs)
     config = resolve(found.config, [], f"{found.path}/config.yaml")
     prepare_process(config.performance.allocator, config.performance.tf32)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
-from bnexp.records import RUNS, find_run, newest_finished_run
+from bnexp.records import find_run, newest_finished_run
 from bnexp.records.audit import find_audit
 from bnexp.report.audit_page import render_record
 from bnexp.report.figures import save_plots
@@ -16,17 +16,17 @@ from bnexp.report.run_data import RunData
 FORMATS = ("html", "png", "svg")
 
 
-def run_report(runs: list[str], output: Path | None, file_format: str) -> None:
+def run_report(runs: list[str], output: Path | None, file_format: str, runs_dir: Path) -> None:
     if file_format not in FORMATS:
         raise UserError(f"--format {file_format}: allowed are {', '.join(FORMATS)}")
-    if len(runs) == 1 and (record := find_audit(runs[0], RUNS)) is not None:
+    if len(runs) == 1 and (record := find_audit(runs[0], runs_dir)) is not None:
         if file_format != "html":
             raise UserError("an audit is reported as a page: leave --format out")
         path = output or record.path / "report.html"
         write_atomically(path, render_record(record))
         print(path)
         return
-    found = [find_run(name) for name in runs] if runs else [newest_finished_run()]
+    found = [find_run(name, runs_dir) for name in runs] if runs else [newest_finished_run(runs_dir)]
     if file_format == "html":
         folder = found[0].path if len(found) == 1 else found[0].path.parent
         path = output or folder / "report.html"

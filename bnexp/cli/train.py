@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from bnexp.cli.streams import printing_what_can_be
 from bnexp.config import Config, load_config, resolve
+from bnexp.config.schema import PLAIN_NAME
+from bnexp.config.shipped import find_config
 from bnexp.errors import ExpectationNotMet, UserError
+from bnexp.memory_size import format_bytes
 from bnexp.performance import prepare_process
-from bnexp.records import Run, find_run
+from bnexp.records import RUNS, Run, find_run
+
+EPOCHS = 10
+"""Of a training that no file describes and no override limits."""
 
 
 def run_train(
@@ -21,29 +29,49 @@ def run_train(
     name: str | None,
     resume: str | None,
     changed_data: bool = False,
+    *,
+    runs: Path = RUNS,
+    quiet: bool = False,
+    dry_run: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Train and print the comparison. ExpectationNotMet where the config expected more."""
     assignments = list(overrides)
-    if resume and config and "=" in config:
+    if config and "=" in config:
         assignments.insert(0, config)
         config = None
     if device is not None:
         assignments.append(f"device={json.dumps(device)}")
     if name is not None:
         assignments.append(f"name={json.dumps(name)}")
-    run = find_run(resume) if resume else None
+    run = find_run(resume, runs) if resume else None
     settings = _settings(config, assignments, run)
+    _require_extras(settings)
     prepare_process(settings.performance.allocator, settings.performance.tf32)
+    if dry_run:
+        _print_plan(settings, as_json)
+        return
 
     from bnexp.cli.tables import print_comparison
     from bnexp.experiment import run_experiment
 
     outcome = run_experiment(
-        settings, resume=run, progress=True, handle_signals=True, changed_data=changed_data
+        settings,
+        resume=run,
+        runs=runs,
+        progress=not quiet,
+        handle_signals=True,
+        changed_data=changed_data,
     )
     with printing_what_can_be():
-        print_comparison(outcome.comparison)
-        print(f"run: {outcome.record.path}")
+        if as_json:
+            state = outcome.record.state
+            head = {"run": str(outcome.record.path), "step": state["step"]}
+            found = {**head, "weights": outcome.weights, **outcome.comparison.to_dict()}
+            print(json.dumps(found, indent=2, allow_nan=False))
+        else:
+            print_comparison(outcome.comparison)
+            print(f"run: {outcome.record.path}")
     _draw(outcome.record)
     if outcome.unmet:
         raise ExpectationNotMet(outcome.unmet)
@@ -61,9 +89,43 @@ def _draw(run: Run) -> None:
             print(f"bnexp: results.png could not be drawn ({reason:.300})", file=sys.stderr)
 
 
-def _settings(path: str | None, overrides: list[str], run: Run | None) -> Config:
-    if path is not None:
-        return load_config(Path(path), overrides)
-    if run is None:
-        raise UserError("name a config, as in: bnexp train configs/digits.yaml")
-    return resolve(run.config, overrides, f"{run.path}/config.yaml")
+def _settings(given: str | None, overrides: list[str], run: Run | None) -> Config:
+    """The config of a file, of the run to resume, or of overrides that name model and data."""
+    if given is not None:
+        return load_config(find_config(given), overrides)
+    if run is not None:
+        return resolve(run.config, overrides, f"{run.path}/config.yaml")
+    named = dict(text.partition("=")[::2] for text in overrides)
+    if not {"model.name", "data.name"} <= named.keys():
+        raise UserError(
+            "name a config, as in: bnexp train digits; or a network and data: bnexp train "
+            "model.name=resnet20 data.name=digits"
+        )
+    words = f"{named['model.name'].rpartition('/')[2]}-{named['data.name']}"
+    tree = {"name": words if PLAIN_NAME.fullmatch(words) else "run", "training": {"epochs": EPOCHS}}
+    return resolve(tree, overrides, "the overrides")
+
+
+def _require_extras(config: Config) -> None:
+    """Before anything is made."""
+    if config.logging.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("logging.tensorboard needs tensorboard: pip install 'bnexp[tensorboard]'")
+
+
+def _print_plan(config: Config, as_json: bool) -> None:
+    from bnexp.device import resolve_device
+    from bnexp.training.plan import plan
+
+    found = plan(config, resolve_device(config.device))
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    print(config.to_yaml())
+    memory = "" if found.step_bytes is None else f", about {format_bytes(found.step_bytes)} a step"
+    print(
+        f"{found.model} ({found.parameters:,} parameters) on {found.data} "
+        f"({found.training_images:,} training, {found.test_images:,} test images), on "
+        f"{found.device}: {found.steps:,} steps of {found.batch_size}, about "
+        f"{found.seconds:,.0f} s ({1000 * found.step_seconds:.3g} ms a step, evaluations and the "
+        f"comparison included, as measured just now){memory}. Nothing was written."
+    )

@@ -370,6 +370,12 @@ class LoggingConfig(Section):
 class ExpectConfig(Section):
     test_accuracy: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """The run ends with exit code 3 when its final test accuracy is lower."""
+    cost: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Exit code 3 where running averages cost more than that share of accuracy beside recomputed
+    statistics, by the whole 95 % interval; for train and eval."""
+    worst_cost: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """The same at the worst evaluation of the run, as its two accuracies differ; needs
+    recomputed in test.statistics."""
 
 
 class Config(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -128,6 +128,18 @@ class FirstSamples:
     samples: int | None
     seen: int = 0
     batches_seen: int = 0
+
+    def __len__(self) -> int:
+        """The number of batches. TypeError where it isn't known beforehand."""
+        count = len(self.batches)  # type: ignore[arg-type]
+        if self.samples is None:
+            return count
+        size = getattr(self.batches, "batch_size", None)
+        if size is None and isinstance(self.batches, Sequence) and count:
+            size = size_of(self.batches[0])
+        if not isinstance(size, int):
+            raise TypeError("batches of unknown sizes")
+        return min(count, -(-self.samples // size))
 
     def __iter__(self) -> Iterator[Any]:
         self.seen = self.batches_seen = 0

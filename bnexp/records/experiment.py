@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexp.atomic import write_atomically
+from bnexp.condition import Condition
 from bnexp.errors import UserError
 from bnexp.records import lock
 from bnexp.records.csv_log import CsvLog
@@ -178,6 +179,14 @@ class Run:
             ]
         except (ValueError, csv.Error) as error:
             raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
+
+    def test_accuracies(self) -> list[tuple[int, Condition, float]]:
+        """Step, condition and accuracy of the evaluations on the test set."""
+        return [
+            (row["step"], Condition.parse(row["statistics"]), row["accuracy"])
+            for row in self.evals()
+            if row["split"] == "test"
+        ]
 
     def write_state(
         self, state: str, step: int, total_steps: int, weights="last", message: str | None = None

@@ -96,7 +96,7 @@ def exact(task: Task) -> dict[str, Population]:
     start = list(itertools.islice(batches, 2))
     if not start:
         raise no_batches()
-    probe = Probe.of(task, start[0], task.given)
+    probe = Probe.of(task, start[0])
     several = [name for name, calls in Counter(c.name for c in probe.calls).items() if calls > 1]
     if several and task.calls == "joint":
         return all_calls_together(task, [*start, *batches])
@@ -110,7 +110,7 @@ def exact(task: Task) -> dict[str, Population]:
         return by_layer(PopulationCall.of([call]) for call in probe.calls)
     reason = probe.change
     if reason is not None:  # perhaps a cache, which is filled once: does it change again?
-        reason = Probe.of(task, start[1], ModelState(task.model)).change
+        reason = Probe.of(task, start[1]).change
     if reason is None:
         try:
             return by_layer(_swept(task, probe, itertools.chain(start, batches)))
@@ -135,7 +135,7 @@ def exact(task: Task) -> dict[str, Population]:
 def memory_estimate(task: Task) -> MemoryEstimate:
     """Takes and runs the first batch."""
     for batch in task.batches:
-        return Probe.of(task, batch, task.given).estimate(task)
+        return Probe.of(task, batch).estimate(task)
     raise no_batches()
 
 
@@ -152,12 +152,13 @@ class Probe:
     change: str | None
 
     @staticmethod
-    def of(task: Task, batch: Any, state: ModelState) -> Probe:
+    def of(task: Task, batch: Any) -> Probe:
         memory = PassMemory()
         calls: list[Call] = []
         change: str | None = None
         blocks = task.run.blocks()
-        with OffloadMode(OffloadStore()) as mode:
+        with task.run.unseen, OffloadMode(OffloadStore()) as mode:
+            state = ModelState(task.model)
 
             def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
                 nonlocal change
@@ -239,10 +240,10 @@ class _Sweep:
 
     Passes hand things on by attributes, hooks or globals, which other passes overwrite while they
     wait; or they set something that all share and put it back later. In modules this is seen when
-    the batches meet. Elsewhere it is seen by running some batches again, alone: they must see what
-    they saw among the others. The second does not, wherever any does: with what is set and put
-    back the first is right, with what is handed on the last. The last, since it may be of another
-    size; with up to three batches, the first.
+    the batches meet, and so are blocks that may put something back. What is left is seen by
+    running the second batch again, alone: it must see what it saw among the others. Where any
+    batch doesn't, it doesn't: of what is set and put back the first sees the right thing, of what
+    is handed on the last, and of a stack of three the second, so up to three the first runs, too.
     """
 
     def __init__(
@@ -289,9 +290,8 @@ class _Sweep:
 
     def _jobs(self, batches: Iterator) -> Iterator[Callable[[], None]]:
         for number, batch in enumerate(batches):
-            if number > 2:
-                del self._kept[number - 1]
-            self._kept[number] = batch
+            if number < 2:
+                self._kept[number] = batch
             yield functools.partial(self._job, number, [batch])
 
     def _job(self, number: int, cell: list) -> None:
@@ -310,7 +310,7 @@ class _Sweep:
             raise Dependent(change)
         call = PopulationCall.of([None if item is FINISHED else item for item in items])
         self.population.append(call)
-        for number in {1, len(items) - 1, *([0] if len(items) <= 3 else [])}:
+        for number in (0, 1) if len(items) <= 3 else (1,):
             self._seen.setdefault(number, []).append(items[number].moments)
         return STOP if call.name == self._task.stop_after else call.normalizer
 

@@ -85,7 +85,8 @@ class Runner:
     """Runs the model on a batch, and lets it write into none of the caller's tensors.
 
     It gets copies, until `try_out` has seen that it does not work in place on its input. A pass
-    that `Done` ends leaves nothing that it had set.
+    that `Done` ends leaves nothing that it had set. `unseen`, entered for that first pass, knows
+    what is used behind the BN layers' backs.
     """
 
     def __init__(
@@ -105,12 +106,10 @@ class Runner:
         self.unseen = UnseenStatistics(model)
 
     def try_out(self, batch: Any) -> None:
-        """Run a batch that nobody else needs, and note whether the model writes into it, and
-        which statistics it uses without calling their layers."""
+        """Run a batch that nobody else needs, and note whether the model writes into it."""
         before = _versions(batch)
         try:
-            with self.unseen:
-                self._run(batch)
+            self._run(batch)
         except Done:
             self._undo()
         self._writes = any(version is None or version_of(t) != version for t, version in before)

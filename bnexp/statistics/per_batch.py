@@ -98,7 +98,11 @@ def _accumulated(task: Task, accumulator: type[Accumulator]) -> dict[str, Popula
     task.report.start(task.length)
     with normalized_by(task.layers, normalize):
         for number, batch in enumerate(task.batches):
-            task.run(batch) if number else task.run.try_out(copied(batch))
+            if number:
+                task.run(batch)
+            else:
+                with task.run.unseen:
+                    task.run.try_out(copied(batch))
             if number % _TOGETHER == _TOGETHER - 1:
                 accumulate()
             task.report.advance()

@@ -65,11 +65,16 @@ def recompute_statistics(
         normalize with *their* population statistics. Equal to one training-mode forward pass
         with all samples as a single batch, however they are split into batches. One sweep: all
         batches' forward passes advance in lockstep from BN layer to BN layer, and what waits
-        there takes memory in proportion to the number of samples.
+        there takes memory in proportion to the number of samples. Where passes may influence one
+        another (they set something around a BN layer, or hand things on by attributes or
+        globals), a warning says so, and they run one after the other instead, once per BN layer:
+        the memory of one batch, and so much slower.
 
-    Everything but BN runs in inference mode, without gradients. The model, its buffers, training
-    flags and hooks, and the RNG states (torch's, numpy's, Python's) are as before when this
-    returns or raises; copying the result into the model is a separate step.
+    Everything but BN runs in inference mode, without gradients. What the modules hold (buffers,
+    training flags, hooks, attributes), torch's and Python's settings that passes take along
+    (default dtype, attention kernels, `sys.stdout`, ...), the batches and the RNG states (torch's,
+    numpy's, Python's) are as before when this returns or raises; copying the result into the model
+    is a separate step.
 
     Args:
         model: any module with BN layers of `torch.nn` or bnexp, or subclasses of them that call
@@ -115,15 +120,16 @@ def recompute_statistics(
         prepared_task(model, batches, device, memory, forward, stop_after, calls, report) as task,
     ):
         found = METHODS[method](task)
-    unreached = [name for name in task.layers if name not in found]
+    unseen = task.run.unseen
+    unreached = [name for name in task.layers if name not in {*found, *unseen.read}]
     if unreached and stop_after is None:
         warnings.warn(
             f"no batch reached BN layer{'s' * (len(unreached) > 1)} {', '.join(unreached)}: left "
             "out of the statistics",
             stacklevel=2,
         )
-    if (unseen := task.run.unseen.warning()) is not None:
-        warnings.warn(unseen, stacklevel=2)
+    if text := unseen.warning():
+        warnings.warn(text, stacklevel=2)
     names = [name for name in task.layers if name in found]
     return Statistics(
         {name: found[name].mean.cpu() for name in names},
@@ -161,8 +167,8 @@ def prepared_task(
     report: Report,
 ) -> Iterator[Task]:
     """The task that these arguments mean, with the model in inference mode meanwhile."""
-    refuse_replicas(model)
     model = original_module(model)
+    refuse_replicas(model)
     layers = batchnorm_layers(model)
     if not layers:
         raise UserError("the model has no BN layer, so there are no statistics to recompute")

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnexp.analysis.comparison import Comparison
-from bnexp.condition import Condition
 from bnexp.errors import Interrupted, RunFailed
 from bnexp.records import Run
 from bnexp.training.build import Training, autocast, freeze_when_due
@@ -170,11 +169,6 @@ def finish(run: Run, training: Training, logs: Logs, evaluations: Evaluations) -
         else:
             lost = f"the best weights, of step {best}, are lost: these are the last ones"
             message = f"{message}; {lost}" if message else lost
-    moments = [
-        (row["step"], Condition.parse(row["statistics"]), row["accuracy"])
-        for row in run.evals()
-        if row["split"] == "test"
-    ]
-    comparison = evaluations.compare().along_the_run(moments)
+    comparison = evaluations.compare().along_the_run(run.test_accuracies())
     run.write_json("comparison.json", {"step": step, "weights": weights, **comparison.to_dict()})
     return Result(comparison, weights, message)

@@ -33,8 +33,6 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from bnexp.training.optimization import build_optimizer, learning_rate  # noqa: E402
-
 from bnexp.config.schema import OneCycleSchedule, SgdConfig  # noqa: E402
 from bnexp.data import Data, DataSettings, load_data  # noqa: E402
 from bnexp.networks import build_model  # noqa: E402
@@ -48,6 +46,8 @@ from bnexp.statistics import (  # noqa: E402
     recompute_statistics,
     running_statistics,
 )
+from bnexp.training.optimizer import build_optimizer  # noqa: E402
+from bnexp.training.schedule import learning_rate  # noqa: E402
 
 IMAGES, TEST_IMAGES = 2048, 2000
 STEPS, BATCH = 160, 128

@@ -51,6 +51,7 @@ def test_grey_images_where_there_is_one_mean(folder):
     assert next(iter(opened.batches))[0].shape == (10, 1, 8, 12)
 
 
+@pytest.mark.slow
 def test_transforms_of_the_libraries():
     image = Image.fromarray(np.zeros((300, 400, 3), np.uint8))
     for name, said in [

@@ -135,6 +135,7 @@ def test_initialization():
     assert conv.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, "torchvision/resnet18"])
 def test_the_global_seed_decides_the_weights(name):
     def weights(seed):
@@ -154,6 +155,7 @@ def test_eps(name):
 # --------------------------------------------------------------------------------- torchvision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 def test_torchvisions_networks_are_torchvisions_with_our_layers(name):
     torch.manual_seed(3)
@@ -168,6 +170,7 @@ def test_torchvisions_networks_are_torchvisions_with_our_layers(name):
     assert ours.train().training and all(m.training for m in ours.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "googlenet", "squeezenet1_1", "vit_b_32"])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_channels_are_adapted(name, channels):
@@ -189,6 +192,7 @@ def test_torchvisions_eps_stays_unless_another_is_asked_for():
     assert eps(eps=0.01) == {0.01}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,size",
     [

@@ -319,6 +319,7 @@ def test_export(tracked):
     torch.testing.assert_close(program.module()(x), reference.eval()(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracked", [False, True])
 def test_compiled_full_graph(tracked):
     ours, theirs = small_net(BatchNorm2d), small_net(nn.BatchNorm2d)

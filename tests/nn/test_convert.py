@@ -135,6 +135,7 @@ def test_subclasses_of_ours_are_followed():
     torch.testing.assert_close(layer.running_var, reference.running_var)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 @pytest.mark.parametrize("tracked", [False, True])
 def test_torchvision_networks_train_bit_identically(name, tracked):

@@ -54,6 +54,7 @@ def calls_and_output(model, x):
     return count.calls, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_are_as_near_to_float64_as_without_folding(name, channels_last):

@@ -41,6 +41,7 @@ def test_float32_keeps_six_digits_at_any_offset(shape, layout, offset, scale):
     assert (np.abs(found.mean.numpy() - mean) / np.sqrt(var)).max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "shape", [(40_000, 1030), (100, 512, 14, 14), (100, 64, 56, 56), (100, 8, 28, 28)], ids=str

@@ -321,3 +321,30 @@ def test_a_layer_that_later_batches_call_more_often(method, order):
             recompute_statistics(_Recurrent(), batches, method)
     else:
         assert recompute_statistics(_Recurrent(), batches, method).count == {"bn": 40}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_used_without_being_called_are_named_and_what_is_behind_them(method):
+    """As blocks do that fold a BN layer into its convolution in inference."""
+
+    class Folding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            if self.training:
+                return self.bn(self.conv(x))
+            scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
+            weight = self.conv.weight * scale.view(-1, 1, 1, 1)
+            return nn.functional.conv2d(x, weight, self.bn.bias - self.bn.running_mean * scale)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(2), Folding(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3))
+    with pytest.warns(UserWarning) as caught:
+        found = recompute_statistics(model, inputs(torch.float32).split(10), method)
+    assert found.names == ("0", "3")
+    said = [str(warning.message) for warning in caught]
+    assert any("'1.bn' are not called, but their buffers are read" in text for text in said)
+    assert any("the BN layers behind ('3')" in text for text in said)
+    assert not any("one after the other" in text for text in said)

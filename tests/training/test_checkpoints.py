@@ -52,6 +52,7 @@ def test_any_flipped_bit_in_the_data_is_noticed(tmp_path):
             load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
     """Headers too: what is loaded is either what was saved, or refused in one line."""
     path = save_checkpoint(tmp_path, {**state_of(1), "weights": torch.arange(4.0)}, 2, None)

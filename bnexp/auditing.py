@@ -302,7 +302,8 @@ class _Judge:
             halves = {}
             if counted.batches_seen > 1:
                 for start, name in enumerate(("first half", "second half")):
-                    halves[name] = recompute(EveryOther(counted, start), methods[0])
+                    half = EveryOther(counted, start)
+                    halves[name] = self._recompute(half, methods[0], memory, False)
         costs = main.p < 0.05
         attribution = None
         if costs:
@@ -521,7 +522,11 @@ def _decay(model: nn.Module) -> str:
     if len(momenta) > 1:
         return "several decays"
     momentum = momenta.pop()
-    return "cumulative average" if momentum is None else f"decay {round(1 - momentum, 12):g}"
+    return (
+        "a cumulative average"
+        if momentum is None
+        else f"the layers' decay {round(1 - momentum, 12):g}"
+    )
 
 
 def _finite(statistics: Statistics) -> Statistics:
