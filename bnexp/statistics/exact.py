@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from bnexp.statistics.layer_by_layer import (
     by_layer,
     layer_by_layer,
 )
-from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep
+from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep, in_threads
 from bnexp.statistics.moments import Moments, moments
 from bnexp.statistics.spill import OffloadMode, OffloadStore, PassMemory, free_memory
 
@@ -157,12 +158,14 @@ class Probe:
         calls: list[Call] = []
         change: str | None = None
         blocks = task.run.blocks()
+        threads = {threading.get_ident()}
         with task.run.unseen, OffloadMode(OffloadStore()) as mode:
             state = ModelState(task.model)
 
             def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
                 nonlocal change
                 held = memory.bytes
+                threads.add(threading.get_ident())
                 with mode.uncounted():
                     change = change or state.change() or blocks.find()
                     calls.append(Call.of(name, x, held))
@@ -177,6 +180,8 @@ class Probe:
                 batch = copied(batch)
                 mode.current = memory
                 task.run.try_out(batch)
+        if len(threads) > 1:  # raised there, it might be lost
+            raise in_threads()
         if not calls:
             raise UserError("the forward pass reaches no BN layer: nothing to recompute")
         return Probe(calls, memory.peak, change)

@@ -22,6 +22,13 @@ FINISHED = object()
 STOP = object()
 
 
+def in_threads() -> UserError:
+    return UserError(
+        "the model runs its BN layers in threads or greenlets of its own (nn.DataParallel?): pass "
+        "the module inside, or use method='pooled'"
+    )
+
+
 class Lockstep:
     """Advances jobs from meeting point to meeting point.
 
@@ -49,10 +56,7 @@ class Lockstep:
         if self._closed:
             raise GreenletExit
         if threading.get_ident() != self._thread or getcurrent() is not self._running:
-            raise UserError(
-                "the model runs its BN layers in threads or greenlets of its own "
-                "(nn.DataParallel?): pass the module inside, or use method='pooled'"
-            )
+            raise in_threads()
         with self._settings.elsewhere():
             return self._hub.switch(item)
 
