@@ -1,4 +1,4 @@
-# make demo   train configs/digits.yaml and compare its moving averages with recomputed statistics
+# make demo   train a network whose running averages go wrong, and see what recomputing gives
 # make test   the test suite
 # make quick  the same without what is slow: under two minutes
 # make lint   style, types, and the directions of imports
@@ -11,7 +11,7 @@ BIN := .venv/bin
 .PHONY: demo test quick lint figures clean
 
 demo: .venv/installed
-	$(BIN)/bnexp train configs/digits.yaml
+	$(BIN)/bnexp train configs/stale-averages.yaml
 	$(BIN)/bnexp eval --recompute-stats
 
 test: .venv/installed-dev

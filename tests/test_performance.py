@@ -67,6 +67,7 @@ def compiler_cache(tmp_path_factory):
 # ------------------------------------------------------------------------------------- compile
 
 
+@pytest.mark.slow
 def test_a_compiled_run_computes_what_an_eager_one_does_in_one_graph(tmp_path, compiler_cache):
     """Evaluations under all kinds of statistics in between compile nothing anew, and the
     estimators get the moments of every step."""
@@ -97,6 +98,7 @@ def test_a_compiled_run_computes_what_an_eager_one_does_in_one_graph(tmp_path, c
         assert one.accuracy == pytest.approx(other.accuracy, abs=0.005)
 
 
+@pytest.mark.slow
 def test_freezing_compiles_once_more_and_no_oftener(tmp_path, compiler_cache):
     torch._dynamo.reset()
     counters.clear()
@@ -194,6 +196,7 @@ def test_channels_last_reaches_the_convolutions_or_does_not(channels_last):
 # -------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
     """Python's memory after 3 000 steps is that after 500; resident memory is watched by
     benchmarks/memory.py."""

@@ -150,6 +150,27 @@ def judge(
     return Verdict(found, text, tuple(remarks))
 
 
+def advice(verdict: Verdict, results: Sequence[Result]) -> str | None:
+    """What to do where recomputed statistics are better than the baseline; None where they are
+    not."""
+    compared = compared_result(results)
+    if compared is None or verdict.outcome not in ("baseline-worse", "baseline-at-chance"):
+        return None
+    recomputed = compared[0]
+    if not recomputed.condition.is_recomputed:
+        return None
+    near = [
+        f"{result.condition} ({percent(result.accuracy, 2)})"
+        for result, _ in paired_results(results)
+        if result.condition.weights == recomputed.condition.weights
+        and not result.condition.is_recomputed
+        and result.condition.statistics != "batch"
+        and abs(result.accuracy - recomputed.accuracy) <= AGREEMENT
+    ]
+    averages = f", or with an average of the same training that came near: {', '.join(near)}"
+    return f"Use these weights with recomputed statistics{averages if near else ''}."
+
+
 def worst_moment(
     verdict: Verdict,
     results: Sequence[Result],

@@ -81,6 +81,8 @@ def run_eval(
         from bnexp.cli.tables import print_comparison
 
         print_comparison(comparison, layers=5)
+        for remark in trained.remarks:
+            print(remark)
     if unmet := unmet_cost(comparison, config.expect.cost):
         raise ExpectationNotMet(unmet)
 

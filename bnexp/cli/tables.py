@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bnexp.analysis.layers import LayerCost, worst_first
-from bnexp.analysis.verdict import THESE_WEIGHTS
+from bnexp.analysis.verdict import THESE_WEIGHTS, advice
 from bnexp.analysis.words import count, p_value, signed
 from bnexp.condition import Condition, weights_label
 
@@ -43,6 +43,8 @@ def print_comparison(comparison: Comparison, layers: int = 0) -> None:
     """Print the verdict, one row per condition, and the furthest layers, to stdout."""
     console = output()
     console.print(f"\n[bold]{comparison.verdict.text}[/bold]\n", soft_wrap=not console.is_terminal)
+    if todo := advice(comparison.verdict, comparison.results):
+        console.print(f"{todo}\n", soft_wrap=not console.is_terminal)
     _print_results(console, comparison)
     if layers and comparison.compared:
         compared = comparison.compared[0].condition

@@ -11,7 +11,7 @@ from bnexp.analysis.comparison import compare
 from bnexp.analysis.intervals import balanced_interval
 from bnexp.analysis.predictions import Predictions
 from bnexp.analysis.results import class_p_values
-from bnexp.analysis.verdict import THESE_WEIGHTS, at_chance
+from bnexp.analysis.verdict import THESE_WEIGHTS, advice, at_chance
 from bnexp.analysis.words import count, p_value, percent, signed, signed_interval
 from bnexp.condition import Condition
 
@@ -355,3 +355,27 @@ def test_confidence_suffers_before_predictions_change_only_where_none_changed():
         found = compare(pair(10_000, 9170, shifted=0.05, **changes), RUNNING, "0123456789")
         (remark,) = found.verdict.remarks
         assert ("Confidence suffers before predictions change." in remark) == said
+
+
+def test_advice_names_recomputed_statistics_and_the_averages_that_came_near():
+    labels = np.arange(1000) % 10
+
+    def predicted(wrong):
+        found = labels.copy()
+        found[:wrong] = (found[:wrong] + 1) % 10
+        return Predictions(found, labels, np.ones(1000, np.float32), np.full(1000, 0.5, np.float32))
+
+    def advised(**wrong):
+        names = {name: Condition(name) for name in wrong}
+        found = compare(
+            {names[name]: predicted(n) for name, n in wrong.items()},
+            names["running"],
+            [str(i) for i in range(10)],
+        )
+        return advice(found.verdict, found.results)
+
+    text = advised(running=400, near=12, far=200, recomputed=10)
+    assert "recomputed statistics" in text and "near (98.80 %)" in text and "far" not in text
+    assert advised(running=12, recomputed=10) is None
+    assert advised(running=10, recomputed=400) is None
+    assert advised(running=400, other=10) is None

@@ -241,6 +241,7 @@ def test_wrong_input_is_refused_as_by_the_layer_itself():
         model(torch.rand(3, 4, 4))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_left_as_it_is():
     model = trained_looking(Net(plain_pair))
     weight = model.conv.weight

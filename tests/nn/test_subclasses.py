@@ -191,6 +191,7 @@ def test_activation_checkpointing_counts_once():
     torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
 
 
+@pytest.mark.slow
 def test_compiled():
     model, reference = network(BatchNormAct2d), network(BatchNormAct2d)
     tracker = StatisticsTracker(model, {"ema": Ema(0.9)})
@@ -257,6 +258,7 @@ def test_folding(kind, foldable):
         assert torch.equal(model(inputs[0]), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnetv2_50", "efficientnet_b0", "regnety_002"])
 def test_networks_of_timm(name):
     def build():

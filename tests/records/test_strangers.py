@@ -132,6 +132,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_is_one_line_that_names_the_file_and_costs_one_row(run, capsys, name, text):
     other = create_run("other", CONFIG, {}, run.path.parent)

@@ -58,6 +58,7 @@ def test_runs_where_there_are_none(tmp_path):
     assert json.loads(bnexp("runs", "--folder", str(tmp_path), "--json")) == []
 
 
+@pytest.mark.slow
 def test_report_of_one_run_several_runs_and_the_newest(folder, tmp_path):
     assert bnexp("report", "example-1").strip() == "runs/example-1/report.html"
     assert "<h1>example-1</h1>" in (folder / "runs/example-1/report.html").read_text()

@@ -127,6 +127,7 @@ def test_the_page_needs_nothing_else(page):
     assert "@import" not in page
 
 
+@pytest.mark.slow
 def test_size_of_a_long_run(folder):
     run = make_run(folder, "long-1", steps=50_000, evaluations=250)
     page = render([RunData.read(run)])
@@ -226,6 +227,7 @@ def test_a_damaged_file_is_one_line_that_names_it(folder, tmp_path, name, conten
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_several_runs_are_set_side_by_side(runs, page_of_several):
     reader = read(page_of_several)
     text = plain(" ".join(reader.text))
@@ -290,6 +292,7 @@ def browser():
         browser.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -329,6 +332,7 @@ def test_in_a_browser(browser, runs, page, page_of_several, tmp_path, several, w
     tab.close()
 
 
+@pytest.mark.slow
 def test_printed_in_dark_mode_it_is_dark_on_white(browser, runs, tmp_path):
     path = tmp_path / "report.html"
     write_report(runs[:1], path)
