@@ -36,11 +36,11 @@ sys.path.insert(0, str(HERE.parent.parent))
 from bnexp.config.schema import OneCycleSchedule, SgdConfig  # noqa: E402
 from bnexp.data import Data, DataSettings, load_data  # noqa: E402
 from bnexp.networks import build_model  # noqa: E402
+from bnexp.nn.find import batchnorm_layers  # noqa: E402
 from bnexp.performance import keep_freed_memory  # noqa: E402
 from bnexp.statistics import (  # noqa: E402
     Statistics,
     batch_statistics,
-    batchnorm_layers,
     estimate_memory,
     layer_drift,
     recompute_statistics,
