@@ -147,12 +147,15 @@ class Audit:
     def save(self, folder: str | os.PathLike) -> None:
         """Write the audit's record, made whole or not at all. UserError if `folder` exists."""
         from bnexp.records.audit import write_audit
+        from bnexp.report.audit_page import render
 
+        folder, findings = Path(folder), self.to_dict()
         write_audit(
-            Path(folder),
+            folder,
             comparison=self.comparison.to_dict(),
-            findings=self.to_dict(),
+            findings=findings,
             statistics=self.statistics,
+            page=render(self.comparison, findings, title=folder.name),
         )
 
     def __str__(self) -> str:

@@ -10,6 +10,8 @@ from torch import nn
 
 from bnexp.auditing import audit
 from bnexp.errors import UserError
+from bnexp.records.audit import AuditRecord
+from bnexp.report.audit_page import render_record
 from bnexp.statistics import Statistics, recompute_statistics, running_statistics
 
 
@@ -442,8 +444,10 @@ def test_it_is_shown_as_text_and_as_html(tmp_path):
     page = (tmp_path / "audit.html").read_text()
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     result.save(tmp_path / "runs" / "mine-1")
+    record = AuditRecord(tmp_path / "runs" / "mine-1")
+    assert render_record(record) == (record.path / "report.html").read_text()
     with pytest.raises(UserError, match="exists"):
-        result.save(tmp_path / "runs" / "mine-1")
+        result.save(record.path)
 
 
 def test_a_last_batch_of_one_sample_under_batch_statistics():

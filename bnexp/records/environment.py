@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shlex
 import subprocess
@@ -10,6 +11,9 @@ import sys
 import uuid
 from importlib import metadata
 from typing import Any
+
+# How many threads compute, and how they wait for one another (`bnexp.performance`).
+_OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def describe_environment(seed: int, device: str, threads: int) -> dict[str, Any]:
@@ -22,6 +26,7 @@ def describe_environment(seed: int, device: str, threads: int) -> dict[str, Any]
         "seed": seed,
         "device": device,
         "threads": threads,
+        "openmp": {name: os.environ[name] for name in _OPENMP if name in os.environ},
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -40,6 +45,7 @@ def describe_resume(step: int, threads: int, changes: dict[str, Any]) -> dict[st
         "step": step,
         "command": _command(),
         "threads": threads,
+        "openmp": {name: os.environ[name] for name in _OPENMP if name in os.environ},
         "changes": changes,
     }
 

@@ -108,7 +108,7 @@ def _channels(attribution: Mapping[str, Any] | None) -> list[tuple[str, Markup, 
             order = sorted(order, key=lambda i: -abs(values[i]))[:CHANNELS]
             what = f"the {CHANNELS} channels of {len(values):,} with the largest shares"
         worst = max(range(len(values)), key=lambda i: abs(values[i]))
-        what += f"; most channel {worst} with {values[worst]:+.4f}"
+        what += f"; most channel {worst} with {values[worst]:+.4g}"
         pictures.append((name, _bars([values[i] for i in order]), what.replace("-", "−")))
     return pictures
 
@@ -119,10 +119,10 @@ def _bars(values: list[float]) -> Markup:
     for i, value in enumerate(values):
         height = 20 * abs(value) / largest
         top = 20 - height if value > 0 else 20
-        colour = "orange" if value > 0 else "blue"
+        colour = "var(--orange, #c8501e)" if value > 0 else "var(--blue, #1f6fb5)"
         bars.append(
             f'<rect x="{i}" y="{top:.2f}" width="0.8" height="{max(height, 0.15):.2f}" '
-            f'fill="var(--{colour})"/>'
+            f'fill="{colour}"/>'
         )
     return Markup(  # numbers alone
         f'<svg viewBox="0 0 {len(values)} 40" preserveAspectRatio="none" role="img" '

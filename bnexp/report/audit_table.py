@@ -95,8 +95,8 @@ def _attribution(comparison: Comparison, attribution: Attribution) -> str:
         rows.append(
             [
                 layer.name,
-                f"{layer.loss:+.4f}",
-                f"{worst} ({float(layer.channels[worst]):+.4f})",
+                f"{layer.loss:+.4g}",
+                f"{worst} ({float(layer.channels[worst]):+.3g})",
                 "" if row is None or row.mended is None
                 else f"{scale * row.mended.difference:{spec}}",
                 "" if row is None or row.spoiled is None

@@ -12,12 +12,12 @@ from bnexp.analysis.comparison import compare
 from bnexp.condition import Condition
 from bnexp.config import load_config
 from bnexp.evaluation.predictions import predict_under
+from bnexp.nn.find import batchnorm_layers
 from bnexp.records import Run
 from bnexp.report.run_data import RunData
 from bnexp.statistics import (
     Statistics,
     batch_statistics,
-    batchnorm_layers,
     recompute_statistics,
 )
 from bnexp.training.averages import with_parameters
