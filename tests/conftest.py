@@ -43,6 +43,9 @@ import torch
 torch.set_num_threads(1)
 
 def child(job):
+    for number in (signal.SIGHUP, signal.SIGTERM):  # a shell's background job ignores some
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
     if job["file_size_limit"]:

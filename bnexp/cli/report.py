@@ -23,7 +23,7 @@ def run_report(runs: list[str], output: Path | None, file_format: str, runs_dir:
         if file_format != "html":
             raise UserError("an audit is reported as a page: leave --format out")
         path = output or record.path / "report.html"
-        write_atomically(path, render_record(record))
+        write_atomically(path, render_record(record), follow_links=output is not None)
         print(path)
         return
     found = [find_run(name, runs_dir) for name in runs] if runs else [newest_finished_run(runs_dir)]
@@ -36,7 +36,8 @@ def run_report(runs: list[str], output: Path | None, file_format: str, runs_dir:
             raise UserError(f"--output {path} is no ordinary file")
         _make_folder(path.parent)
         try:
-            write_report(found, path)
+            # A record's own link is replaced; one that the user named is followed.
+            write_report(found, path, follow_links=output is not None)
         except FileNotFoundError as error:
             raise UserError(f"--output {path} can't be written: {error.strerror}") from None
         print(path)
@@ -46,6 +47,8 @@ def run_report(runs: list[str], output: Path | None, file_format: str, runs_dir:
         folder = output or run.path / "figures"
         if output and len(found) > 1:
             folder = output / run.name
+        elif not output and folder.is_symlink():
+            raise UserError(f"{folder} is a link to elsewhere: say where to write with --output")
         _make_folder(folder)
         for path in save_plots(RunData.read(run), folder, file_format):
             print(path)

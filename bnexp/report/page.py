@@ -91,9 +91,9 @@ class Overview:
     figures: Sequence[Figure]
 
 
-def write_report(runs: Sequence[Run], path: Path) -> None:
-    """Write the page about `runs` to `path`, atomically."""
-    write_atomically(path, render([RunData.read(run) for run in runs]))
+def write_report(runs: Sequence[Run], path: Path, follow_links: bool = True) -> None:
+    """Write the page about `runs` to `path`, atomically; `follow_links` as in `replacing`."""
+    write_atomically(path, render([RunData.read(run) for run in runs]), follow_links)
 
 
 def render(runs: Sequence[RunData]) -> str:

@@ -111,3 +111,22 @@ def test_compare_writes_json_of_runs_that_diverged(tmp_path, monkeypatch):
             log.write("30,test,running,0.1,nan,2000,0.5\n")
     tree = json.loads(bnexp("compare", "a-1", "b-1", "--json"))
     assert tree["runs"][0]["evals"][-1]["loss"] is None
+
+
+def test_a_report_replaces_links_in_the_record_and_touches_nothing_outside(tmp_path):
+    run = make_run(tmp_path / "runs", "linked-1", steps=50)
+    outside = tmp_path / "precious.html"
+    outside.write_text("precious")
+    page, folder = run.path / "report.html", tmp_path / "precious"
+    page.symlink_to(outside)
+    folder.mkdir()
+    (run.path / "figures").symlink_to(folder)
+    bnexp("report", str(run.path))
+    assert outside.read_text() == "precious"
+    assert page.is_file() and not page.is_symlink()
+    assert "--output" in refused("report", str(run.path), "--format", "svg")
+    assert list(folder.iterdir()) == []
+    page.unlink()
+    page.symlink_to(outside)
+    bnexp("report", str(run.path), "--output", str(page))  # named, and so meant
+    assert "<html" in outside.read_text()
