@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
 .PHONY: demo test quick lint figures clean
 
@@ -15,10 +16,10 @@ demo: .venv/installed
 	$(BIN)/bnexp eval --recompute-stats
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 quick: .venv/installed-dev
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check bnexp tests benchmarks docs

@@ -10,6 +10,15 @@ import pytest
 from bnexp.training.signals import SIGNALS, Interruption
 
 
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """Whatever the shell that started the tests ignores."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_asks_and_the_second_interrupts(number):
     before = signal.getsignal(number)
