@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from bnexp.config.schema import PLAIN_NAME, PositiveInt, Section
+from bnexp.config.schema import FolderName, PositiveInt, Section
 from bnexp.memory_size import parse_memory
 
 Value = bool | int | float | str | list[int | float | str] | None
@@ -65,7 +65,7 @@ class AuditExpectConfig(Section):
 
 
 class AuditConfig(Section):
-    name: Annotated[str, Field(max_length=100)] = "audit"
+    name: FolderName = "audit"
     """The record is runs/<name>-<number>."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
@@ -92,16 +92,6 @@ class AuditConfig(Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """bfloat16 and float16 run the model under autocast."""
     expect: AuditExpectConfig = AuditExpectConfig()
-
-    @field_validator("name")
-    @classmethod
-    def _folder_name(cls, name: str) -> str:
-        if not PLAIN_NAME.fullmatch(name):
-            raise ValueError(
-                f"{name!r} can't name a folder: use letters, digits, '.', '_' and '-', the first "
-                "a letter or digit"
-            )
-        return name
 
     @field_validator("methods")
     @classmethod

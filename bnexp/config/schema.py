@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,6 +30,18 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+def _folder_name(name: str) -> str:
+    if not PLAIN_NAME.fullmatch(name):
+        raise ValueError(
+            f"{shown(name)} can't name a folder: use letters, digits, '.', '_' and '-', the "
+            "first a letter or digit"
+        )
+    return name
+
+
+FolderName = Annotated[str, Field(max_length=100), AfterValidator(_folder_name)]
 
 
 class Section(BaseModel):
@@ -379,7 +392,7 @@ class ExpectConfig(Section):
 
 
 class Config(Section):
-    name: Annotated[str, Field(max_length=100)] = "run"
+    name: FolderName = "run"
     """The run's folder is runs/<name>-<number>; without it, the config file's name."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the initial weights, the order of the images, augmentation and validation split."""
@@ -394,16 +407,6 @@ class Config(Section):
     performance: PerformanceConfig = PerformanceConfig()
     logging: LoggingConfig = LoggingConfig()
     expect: ExpectConfig = ExpectConfig()
-
-    @field_validator("name")
-    @classmethod
-    def _folder_name(cls, name: str) -> str:
-        if not PLAIN_NAME.fullmatch(name):
-            raise ValueError(
-                f"{shown(name)} can't name a folder: use letters, digits, '.', '_' and '-', the "
-                "first a letter or digit"
-            )
-        return name
 
     @field_validator("device")
     @classmethod

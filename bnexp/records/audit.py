@@ -12,20 +12,21 @@ runs/<name>-<number>/
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
+from bnexp.records.files import read_json, read_text
+from bnexp.records.making import free_folders, place, staged, to_json
 
 if TYPE_CHECKING:
     from bnexp.statistics import Statistics
+
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,15 @@ class AuditRecord:
         return self._json("findings.json")
 
     def _text(self, name: str) -> str:
-        try:
-            return (self.path / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path / name} can't be read: {error}") from None
+        return self._there(name, read_text(self.path / name))
 
     def _json(self, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads(self._text(name))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path / name} is damaged: {error}") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{self.path / name} is damaged: it is not a JSON object")
-        return value
+        return self._there(name, read_json(self.path / name))
+
+    def _there(self, name: str, content: Content | None) -> Content:
+        if content is None:
+            raise UserError(f"{self.path / name} is missing")
+        return content
 
 
 def is_audit(path: Path) -> bool:
@@ -89,54 +86,25 @@ def write_audit(
     page: str = "",
 ) -> AuditRecord:
     """Make the record at `folder`, whole or not at all. UserError if it exists already."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder.parent} is no folder to make {folder.name} in") from None
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        staging.chmod(0o755)
+    with staged(folder.parent) as staging:
         (staging / "statistics").mkdir()
         texts = {
             "config.yaml": config,
-            "environment.json": _to_json(environment or {}),
-            "state.json": _to_json({"state": "finished", "step": 0}),
-            "comparison.json": _to_json(comparison),
-            "findings.json": _to_json(findings),
+            "environment.json": to_json(environment or {}),
+            "state.json": to_json({"state": "finished", "step": 0}),
+            "comparison.json": to_json(comparison),
+            "findings.json": to_json(findings),
             "report.html": page,
         }
         for name, text in texts.items():
             write_atomically(staging / name, text)
         for condition, values in statistics.items():
             values.save(staging / "statistics" / f"{condition.replace('/', '-')}.pt")
-        _rename(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        if place(staging, [folder]) is None:
+            raise UserError(f"{folder} exists: name a folder that doesn't")
     return AuditRecord(folder)
 
 
 def next_folder(name: str, runs: Path) -> Path:
     """`runs/<name>-<number>` with the first number after those there are."""
-    taken = [0]
-    with contextlib.suppress(OSError):
-        for path in runs.iterdir():
-            stem, _, number = path.name.rpartition("-")
-            if stem == name and number.isdecimal():
-                taken.append(int(number))
-    return runs / f"{name}-{max(taken) + 1}"
-
-
-def _rename(staging: Path, folder: Path) -> None:
-    if folder.exists():
-        raise UserError(f"{folder} exists: name a folder that doesn't")
-    try:
-        staging.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        raise UserError(f"{folder} exists: name a folder that doesn't") from None
-
-
-def _to_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+    return next(free_folders(name, runs))

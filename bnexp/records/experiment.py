@@ -18,12 +18,7 @@ import contextlib
 import csv
 import difflib
 import io
-import itertools
-import json
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +30,7 @@ from bnexp.errors import UserError
 from bnexp.records import lock
 from bnexp.records.csv_log import CsvLog
 from bnexp.records.files import read_bytes, read_json, read_text, read_yaml
+from bnexp.records.making import free_folders, place, staged, to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,10 +38,6 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 STEP_COLUMNS = ("step", "epoch", "lr", "loss", "accuracy", "ema_accuracy")
 EVAL_COLUMNS = ("step", "split", "statistics", "accuracy", "loss", "samples", "seconds")
-
-
-def _to_json(value: dict) -> str:
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -203,7 +195,7 @@ class Run:
         )
 
     def write_json(self, filename: str, value: dict[str, Any]) -> None:
-        self.write(filename, _to_json(value))
+        self.write(filename, to_json(value))
 
     def write(self, filename: str, content: str | bytes | memoryview) -> None:
         """Replace a file of the run by `content`, whole or not at all. A link is replaced itself:
@@ -292,72 +284,19 @@ def create_run(
     """Make a run with this config and these JSON files, whole or not at all: `folder`, or the
     next free `<runs>/<name>-<number>/`.
 
-    The folder is filled under a temporary name and then renamed; a rename onto a folder that
-    another process made in the meantime fails, and the next number is tried. UserError if
-    `folder` exists.
+    UserError if `folder` exists.
     """
-    runs = runs if folder is None else folder.parent
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{runs}/ can't be made here: run bnexp in another folder") from None
-    _remove_abandoned(runs)
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=runs))
-    try:
-        staging.chmod(0o755)
+    with staged(runs if folder is None else folder.parent) as staging:
         (staging / "checkpoints").mkdir()
         write_atomically(staging / "config.yaml", config_yaml)
         for filename, content in files.items():
-            write_atomically(staging / filename, _to_json(content))
+            write_atomically(staging / filename, to_json(content))
         CsvLog(staging / "steps.csv", STEP_COLUMNS).close()
         CsvLog(staging / "evals.csv", EVAL_COLUMNS).close()
-        for target in _free_folders(name, runs) if folder is None else [folder]:
-            if not target.exists():
-                with _if_not_made_meanwhile(target):
-                    staging.rename(target)
-                    return Run(target)
-        raise UserError(f"{folder} exists already: name a new folder, or resume the run in it")
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-# What a killed process left of a folder it was making is removed when it is as old as this:
-# making one takes milliseconds.
-ABANDONED_SECONDS = 3600
-_STAGING = ".making-"
-
-
-def _remove_abandoned(runs: Path) -> None:
-    for path in runs.glob(f"{_STAGING}*"):
-        with contextlib.suppress(OSError):
-            if path.is_dir() and path.lstat().st_mtime < time.time() - ABANDONED_SECONDS:
-                shutil.rmtree(path)
-
-
-def _free_folders(name: str, runs: Path) -> Iterator[Path]:
-    numbers = map(_number_of(name), runs.iterdir())
-    first = 1 + max((n for n in numbers if n), default=0)
-    return (runs / f"{name}-{number}" for number in itertools.count(first))
-
-
-@contextlib.contextmanager
-def _if_not_made_meanwhile(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        if not target.exists():
-            raise
-
-
-def _number_of(name: str):
-    pattern = re.compile(re.escape(name) + r"-([0-9]{1,18})")
-
-    def number(path: Path) -> int | None:
-        match = pattern.fullmatch(path.name)
-        return int(match[1]) if match else None
-
-    return number
+        made = place(staging, free_folders(name, runs) if folder is None else [folder])
+        if made is None:
+            raise UserError(f"{folder} exists already: name a new folder, or resume the run in it")
+        return Run(made)
 
 
 def is_run(path: Path) -> bool:

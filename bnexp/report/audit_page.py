@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Template
 from markupsafe import Markup
 
 from bnexp.analysis import words
 from bnexp.analysis.comparison import Comparison
 from bnexp.records.audit import AuditRecord
 from bnexp.report.drawing import PALETTE
+from bnexp.report.templates import template
 
 CHANNELS = 200
 """Bars in a picture of a layer's channels; of more, those with the largest shares."""
@@ -52,16 +53,8 @@ def render_part(comparison: Comparison, findings: Mapping[str, Any]) -> str:
     return _template("audit_part.html.j2").render(**_content(comparison, findings))
 
 
-def _template(name: str):
-    environment = Environment(
-        loader=PackageLoader("bnexp.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"p_value": words.p_value, "count": lambda n: f"{n:,}"}
-    return environment.get_template(name)
+def _template(name: str) -> Template:
+    return template(name, p_value=words.p_value, count=words.count)
 
 
 def _content(comparison: Comparison, findings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from bnexp.analysis import words
@@ -26,6 +25,7 @@ from bnexp.report.drawing import PALETTE, Plot, Table, to_svg
 from bnexp.report.figures import run_plots, runs_plots, unfinished
 from bnexp.report.run_data import RunData
 from bnexp.report.several import SeedGroup, by_test_set, config_differences, seed_groups
+from bnexp.report.templates import template
 
 # The colour beside a verdict: orange where the baseline loses, green where the two agree.
 MOODS: dict[Outcome, str] = {
@@ -102,16 +102,8 @@ def render(runs: Sequence[RunData]) -> str:
         raise UserError("there is no run to report on")
     if len({run.path for run in runs}) < len(runs):
         raise UserError("a run is named twice")
-    environment = Environment(
-        loader=PackageLoader("bnexp.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"count": words.count, "tidy": _tidy}
     sections = [_section(run, f"run-{i + 1}") for i, run in enumerate(runs)]
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2", count=words.count, tidy=_tidy).render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         palette=PALETTE,
         these_weights=THESE_WEIGHTS,

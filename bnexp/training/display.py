@@ -74,7 +74,6 @@ class Terminal:
     def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None):
         self.console = console or _Console(stderr=True, highlight=False, soft_wrap=True)
         self._total = total_steps
-        self._first_step = first_step
         self._started = time.monotonic()
         self._shown = self._started
         self._images = 0

@@ -16,6 +16,7 @@ import pytest
 from bnexp.cli.runs import run_runs
 from bnexp.errors import UserError
 from bnexp.records import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run, all_runs, create_run
+from bnexp.records.audit import AuditRecord, next_folder, write_audit
 from bnexp.records.files import read_bytes, read_json, read_yaml
 from bnexp.records.lock import is_locked, locked
 
@@ -262,3 +263,30 @@ def test_whole_files_are_read_and_others_named(tmp_path):
     assert read_yaml(tmp_path / "some.yaml") == {"a": [1, {"b": 0.5}]}
     with pytest.raises(UserError, match="has 16 bytes"):
         read_bytes(tmp_path / "some.yaml", limit=10)
+
+
+def test_an_audit_from_a_stranger_is_read_as_guardedly_as_a_run(tmp_path):
+    folder = tmp_path / "audit-1"
+    write_audit(folder, comparison={"a": 1}, findings={}, statistics={})
+    record = AuditRecord(folder)
+    assert record.comparison == {"a": 1}
+    (folder / "comparison.json").write_text('{"a": NaN}')
+    (folder / "findings.json").unlink()
+    os.mkfifo(folder / "findings.json")
+    (folder / "environment.json").write_text(r'{"a": "\udcff"}')
+    (folder / "config.yaml").unlink()
+    for name in ("comparison", "findings", "environment", "config"):
+        with pytest.raises(UserError, match=rf"{name}\.\w+ is (damaged|missing)"):
+            getattr(record, name)
+
+
+def test_what_a_killed_audit_left_is_removed_and_its_number_is_free(tmp_path):
+    runs = tmp_path / "runs"
+    left = runs / ".making-old"
+    left.mkdir(parents=True)
+    os.utime(left, (1, 1))
+    write_audit(next_folder("audit", runs), comparison={}, findings={}, statistics={})
+    assert [path.name for path in runs.iterdir()] == ["audit-1"]
+    with pytest.raises(UserError, match="exists"):
+        write_audit(runs / "audit-1", comparison={}, findings={}, statistics={})
+    assert [path.name for path in runs.iterdir()] == ["audit-1"]
