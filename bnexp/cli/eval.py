@@ -47,7 +47,7 @@ def run_eval(
     if unknown := [m for m in methods if m not in RECOMPUTE_METHODS]:
         raise UserError(f"--method {unknown[0]}: allowed are {', '.join(RECOMPUTE_METHODS)}")
     if other := [text for text in overrides if text.partition("=")[0] not in MAY_CHANGE]:
-        raise UserError(f"{shown(other[0])}: eval takes {' and '.join(MAY_CHANGE)} alone")
+        raise UserError(f"{shown(other[0])}: eval takes {', '.join(MAY_CHANGE)} alone")
     if (methods or samples) and not recompute_stats:
         raise UserError("--method and --samples say how to recompute: add --recompute-stats")
     if weights is not None and weights not in WEIGHTS:
