@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import pickle
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 from bnexp.errors import (
@@ -70,6 +72,12 @@ class Alone:
     def common(self, error: Failure) -> Failure:
         return error
 
+    def heed(self) -> None:
+        """There is nobody to heed."""
+
+    def share(self, batches: Iterable[T]) -> Iterable[T]:
+        return batches
+
     def together(self, what: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
@@ -106,6 +114,7 @@ class TorchRanks:
         self.timeout = timeout_of(group or distributed.group.WORLD)
         self.members = distributed.get_process_group_ranks(group or distributed.group.WORLD)
         self._line = _Line.of(group)
+        self._heeded = 0.0
         self._inside = False
         self._over: BaseException | None = None
 
@@ -145,6 +154,25 @@ class TorchRanks:
             self._over = error
         return error
 
+    def heed(self) -> None:
+        """Raise the error of a rank that has failed meanwhile, if any; for long stretches of work.
+
+        Looks no more than twice a second, so it may be called at every turn.
+        """
+        if self._over is not None:
+            raise self._over
+        if time.monotonic() - self._heeded > 0.5:
+            self._heeded = time.monotonic()
+            if self._line.has_failed():
+                self._meet("", b"")
+
+    def share(self, batches: Iterable[T]) -> Iterable[T]:
+        """Of batches that all ranks have alike, those of this rank: every `size`-th.
+
+        Can be gone through as often as `batches` can.
+        """
+        return _Share(batches, self.rank, self.size)
+
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
         """A block that all ranks enter, and that ends for all of them in the same way.
@@ -171,6 +199,7 @@ class TorchRanks:
 
     def _announce(self, error: BaseException) -> None:
         kind, text = _said(error)
+        self._line.say_failed()
         with contextlib.suppress(UserError, RunFailed, ExpectationNotMet, Interrupted):
             self._meet("", pickle.dumps((kind, text)), failed=True)
 
@@ -193,6 +222,7 @@ class TorchRanks:
                 if has_failed
             }
             if failures:
+                self._line.failures += 1
                 first, (kind, text) = next(iter(failures.items()))
                 alike = len(failures) == self.size and len(set(failures.values())) == 1
                 self._end(_KINDS[kind](text if alike else f"rank {first}: {text}"))
@@ -215,6 +245,20 @@ class TorchRanks:
 
 
 Ranks = Alone | TorchRanks
+
+
+@dataclass(frozen=True)
+class _Share(Generic[T]):
+    batches: Iterable[T]
+    rank: int
+    size: int
+
+    def __iter__(self) -> Iterator[T]:
+        return itertools.islice(iter(self.batches), self.rank, None, self.size)
+
+    def __len__(self) -> int:
+        """TypeError where `batches` has no length."""
+        return len(range(self.rank, len(self.batches), self.size))  # type: ignore[arg-type]
 
 
 def choose_ranks(ranks: Ranks | None, what: str) -> Ranks:
@@ -268,6 +312,19 @@ class _Line:
             backend="gloo",
             use_local_synchronization=True,
         )
+        self.failures = 0  # that all ranks have met
+
+    def say_failed(self) -> None:
+        """For ranks that don't meet for long."""
+        with contextlib.suppress(RuntimeError):  # it is gone with the rank that held it
+            if self._group is not None:
+                self._group.get_group_store().set(f"failed {self.failures}", "1")
+
+    def has_failed(self) -> bool:
+        with contextlib.suppress(RuntimeError):
+            if self._group is not None:
+                return self._group.get_group_store().check([f"failed {self.failures}"])
+        return False
 
     def exchange(self, message: bytes, size: int) -> list[bytes]:
         """Every rank's message, padded. Raises RunFailed, for good, if one can't be reached."""
