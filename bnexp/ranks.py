@@ -111,8 +111,9 @@ class TorchRanks:
         if self.rank < 0:
             raise UserError("this process is not in the process group that TorchRanks was given")
         self.size = distributed.get_world_size(group)
-        self.timeout = timeout_of(group or distributed.group.WORLD)
-        self.members = distributed.get_process_group_ranks(group or distributed.group.WORLD)
+        of: Any = group or distributed.group.WORLD
+        self.timeout = timeout_of(of)
+        self.members = distributed.get_process_group_ranks(of)
         self._line = _Line.of(group)
         self._heeded = 0.0
         self._inside = False
