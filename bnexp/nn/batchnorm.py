@@ -38,13 +38,14 @@ class MomentsSlot:
     """Where one layer leaves the moments of its mini-batches for a tracker.
 
     `mean`, `var`: (C,) in the dtype of the running buffers; the mean and the unbiased variance of
-    the last mini-batch. `values`: how many values per channel it had. `filled`: there are
-    moments the tracker has not taken yet. `busy`: `feed` must be called before the layer may
-    write here again. `moved`: the layer's buffers may be other tensors now. `unused`: for now the
-    layer averages into its buffers by itself, as its parent class does.
+    the last mini-batch. `values`: how many values per channel it had. `parts`: of how many
+    sub-batches these are the averages. `filled`: there are moments the tracker has not taken yet.
+    `busy`: `feed` must be called before the layer may write here again. `moved`: the layer's
+    buffers may be other tensors now. `unused`: for now the layer averages into its buffers by
+    itself, as its parent class does.
     """
 
-    __slots__ = ("busy", "feed", "filled", "mean", "moved", "unused", "values", "var")
+    __slots__ = ("busy", "feed", "filled", "mean", "moved", "parts", "unused", "values", "var")
 
     def __init__(
         self, feed: Callable[[], None], mean: Tensor, var: Tensor, unused: bool = False
@@ -53,6 +54,7 @@ class MomentsSlot:
         self.mean = mean
         self.var = var
         self.values = 0
+        self.parts = 1
         self.filled = False
         self.busy = False
         self.moved = False
@@ -118,6 +120,8 @@ class TrackedBatchNorm(BatchNormBase):
             ) from error
         if values:  # torch computes no moments of an empty batch
             slot.values = values
+            size = self.normalization_batch
+            slot.parts = 1 if size is None else -(-input.shape[0] // size)
             slot.filled = slot.busy = True
         return output
 
