@@ -10,8 +10,10 @@ from torch import nn
 from bnexp.condition import Condition, Weights
 from bnexp.config import Config
 from bnexp.data import Data, Split
+from bnexp.data.sampling import Share
 from bnexp.evaluation.evaluate import Source, sources
 from bnexp.evaluation.subject import Method, Subject
+from bnexp.ranks import Alone, Ranks
 from bnexp.statistics import Statistics
 from bnexp.statistics.progress import Progress
 
@@ -26,20 +28,27 @@ class PopulationBatches:
     batch_size: int
     samples: int
     augment: bool
+    share: Share
 
     def __len__(self) -> int:
-        return -(-self.samples // self.batch_size)
+        """Of the whole pass; of several processes, each goes through about its share."""
+        return -(-self.samples // self.batch_size // self.share.size)
 
     def __iter__(self):
-        return self.split.batches(self.batch_size, samples=self.samples, augment=self.augment)
+        return self.split.batches(self.batch_size, self.samples, self.augment, self.share)
 
 
 def run_subject(
-    model: nn.Module, data: Data, config: Config, split: Split | None = None
+    model: nn.Module,
+    data: Data,
+    config: Config,
+    split: Split | None = None,
+    ranks: Ranks = Alone(),
 ) -> Subject:
     """`model` on `split`, the test set if None. The population is `statistics.recompute`'s: the
-    first `samples` of a fixed permutation of the training images."""
-    test = split or data.test
+    first `samples` of a fixed permutation of the training images. Each of the ranks takes whole
+    batches of both."""
+    test, share = split or data.test, Share(ranks.rank, ranks.size)
 
     def population(method: Method) -> PopulationBatches:
         settings = config.statistics.recompute
@@ -50,13 +59,14 @@ def run_subject(
             batch_size = EXACT_CHUNK if method == "exact" else mini_batch
         if method != "exact" and samples % batch_size == 1:
             samples -= 1  # a last mini-batch of one image has no variance of its own
-        return PopulationBatches(data.train, batch_size, samples, settings.augment)
+        return PopulationBatches(data.train, batch_size, samples, settings.augment, share)
 
     return Subject(
         model,
         population,
-        lambda samples: test.batches(config.test.batch_size, samples=samples),
+        lambda samples: test.batches(config.test.batch_size, samples=samples, share=share),
         tuple(data.info.classes),
+        ranks,
     )
 
 
