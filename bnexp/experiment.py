@@ -22,7 +22,7 @@ from bnexp.records.environment import describe_environment
 from bnexp.training.build import Training, build_training
 from bnexp.training.display import Display, Silent, Terminal
 from bnexp.training.loop import train
-from bnexp.training.resume import changes_of, go_on
+from bnexp.training.resume import changes_of, go_on, has_checkpoint, require_same_weights
 from bnexp.training.run_data import FILE as DATA_FILE
 from bnexp.training.run_data import load_run_data
 from bnexp.training.signals import SIGNALS, Interruption
@@ -88,7 +88,9 @@ def run_experiment(
         if run is not None:
             with run.locked():
                 data, change = load_run_data(run, config, device, changed_data)
-                training = build_training(config, device, data)
+                begin = config.model.weights is not None and not has_checkpoint(run)
+                training = build_training(config, device, data, begin)
+                require_same_weights(run, training)
                 display = _display(training, progress)
                 go_on(run, training, changes, change, display)
                 return _run_to_the_end(run, training, display, handle_signals)
@@ -97,11 +99,13 @@ def run_experiment(
             config.seed, describe_device(device), torch.get_num_threads()
         )
         place = None if folder is None else Path(folder)
+        if training.given is not None:
+            environment["weights"] = training.given.to_dict()
         files = {DATA_FILE: training.data.fingerprint, "environment.json": environment}
         run = create_run(config.name, config.to_yaml(), files, runs, place)
         with run.locked():
             display = _display(training, progress)
-            for line in training.data.remarks:
+            for line in training.remarks:
                 display.line(line)
             return _run_to_the_end(run, training, display, handle_signals)
 

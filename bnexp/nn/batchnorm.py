@@ -7,7 +7,8 @@ Untouched, a layer does exactly what its parent class does. Beyond that, in trai
 * `normalization_batch` makes it normalize over consecutive sub-batches (ghost batches);
 * `frozen` makes it normalize with its running buffers, as in inference, and update nothing.
 
-The last two are set on whole models by `bnexp.nn.modes`. `followed_class` does all this for
+The last two are set on whole models by `bnexp.nn.modes`. `bnexp.nn.renormalization` has layers that
+normalize otherwise. `followed_class` does all this for
 subclasses of `torch.nn`'s layers, of which only what `F.batch_norm` computes is then another.
 """
 
@@ -59,12 +60,14 @@ class TrackedBatchNorm(BatchNormBase):
     normalization_batch: int | None = None
     frozen: bool = False
     slot: MomentsSlot | None = None
+    # Whether training reads the running buffers; see `bnexp.nn.renormalization`.
+    reads_averages: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):  # a leaf of traced graphs, as torch.nn's layers are
             tracer = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-        if self.slot is None and self.normalization_batch is None and not self.frozen:
+        if self._is_untouched():
             return super().forward(input)
         if self._does_as_its_parent():
             return super().forward(input)
@@ -72,10 +75,14 @@ class TrackedBatchNorm(BatchNormBase):
         averages = self.track_running_stats and self.running_mean is not None
         return self._train(input, averages, (self.weight, self.bias, self.eps))
 
+    def _is_untouched(self) -> bool:
+        untouched = self.slot is None and self.normalization_batch is None and not self.frozen
+        return untouched and not self.reads_averages
+
     def _does_as_its_parent(self) -> bool:
         slot = self.slot
         if self.training:
-            alone = slot is None or slot.unused
+            alone = (slot is None or slot.unused) and not self.reads_averages
             return alone and self.normalization_batch is None and not self.frozen
         if slot is not None and slot.busy:
             slot.feed()
@@ -118,16 +125,9 @@ class TrackedBatchNorm(BatchNormBase):
         """Normalize with batch statistics; leave (the average over sub-batches of) the batch mean
         and the unbiased batch variance in `mean` and `var`, (C,) each, unless they are None."""
         weight, bias, eps = affine
-        size = self.normalization_batch
-        if size is None or input.shape[0] <= size:
+        parts = self._parts(input)
+        if len(parts) == 1:
             return F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
-        parts = input.split(size)
-        if parts[-1].numel() == self.num_features:
-            raise UserError(
-                f"normalization batches of {size} leave one value per channel in the last part of "
-                f"a batch of {input.shape[0]}: a variance needs two; choose sizes where no part "
-                "has a single sample"
-            )
         # momentum 1, 1/2, 1/3, ... is the running average
         return torch.cat(
             [
@@ -135,6 +135,20 @@ class TrackedBatchNorm(BatchNormBase):
                 for i, part in enumerate(parts, start=1)
             ]
         )
+
+    def _parts(self, input: Tensor) -> tuple[Tensor, ...]:
+        """What is normalized by itself: the whole input, or its ghost batches."""
+        size = self.normalization_batch
+        if size is None or input.shape[0] <= size:
+            return (input,)
+        parts = input.split(size)
+        if parts[-1].numel() == self.num_features:
+            raise UserError(
+                f"normalization batches of {size} leave one value per channel in the last part of "
+                f"a batch of {input.shape[0]}: a variance needs two; choose sizes where no part "
+                "has a single sample"
+            )
+        return parts
 
     def _normalize_and_average(self, input: Tensor, affine: Affine) -> Tensor:
         """Ghost batches without a tracker: one update of the running buffers per mini-batch."""
@@ -218,11 +232,12 @@ class TrackedBatchNorm(BatchNormBase):
             or self.slot is not None
             or self.frozen
             or self.normalization_batch is not None
+            or self.reads_averages
         ):
             raise UserError(
-                f"TorchScript cannot compile a {type(self).__name__} that is tracked, frozen, has "
-                "ghost batches or is a subclass of bnexp's layers: close() the StatisticsTracker, "
-                "or call bnexp.nn.restore_batchnorm(model) first"
+                f"TorchScript cannot compile a {type(self).__name__} that is tracked, frozen, "
+                "renormalized, has ghost batches or is a subclass of bnexp's layers: close() the "
+                "StatisticsTracker, or call bnexp.nn.restore_batchnorm(model) first"
             )
         turn_into(self, plain)
         return self

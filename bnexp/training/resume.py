@@ -108,6 +108,23 @@ def go_on(
     run.write("config.yaml", training.config.to_yaml())
 
 
+def has_checkpoint(run: Run) -> bool:
+    """UserError if there are only damaged ones."""
+    return newest_checkpoint(run.checkpoints)[0] is not None
+
+
+def require_same_weights(run: Run, training: Training) -> None:
+    """UserError if `model.weights` were loaded that are not those the run was begun with."""
+    recorded = run.environment.get("weights")
+    if training.given is None or not isinstance(recorded, dict):
+        return
+    if recorded.get("hash") != training.given.hash:
+        raise UserError(
+            f"model.weights {training.config.model.weights} are others than when {run.path} was "
+            "begun, and it has no checkpoint yet: start a new run"
+        )
+
+
 def _load(run: Run, training: Training, found: dict[str, Any], display: Display) -> None:
     """Take the state in `found`, and make the checkpoints what they were when it was written."""
     state, since = training.state, _changes_since(run, training.config, found)
