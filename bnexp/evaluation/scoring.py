@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from bnexp.analysis.predictions import Predictions
 from bnexp.errors import UserError
-from bnexp.evaluation.predictions import classified
+from bnexp.evaluation.predictions import classified, gathered
 from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import inference
+from bnexp.ranks import Alone, Ranks
 from bnexp.statistics import batch_statistics
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -81,17 +82,22 @@ class Task:
 
 
 def scores_under(
-    model: nn.Module, batches: Iterable, settings: Mapping[Name, Setting], task: Task
+    model: nn.Module,
+    batches: Iterable,
+    settings: Mapping[Name, Setting],
+    task: Task,
+    ranks: Ranks = Alone(),
 ) -> dict[Name, Scores]:
     """Scores of the same samples under each of `settings`, in one pass over `batches`.
 
     Under `batch_statistics` a batch smaller than the one before it is filled up with that one's
     samples where they are tensors, so that every sample is normalized among equally many. The
-    model is as before afterwards, also after an exception.
+    model is as before afterwards, also after an exception. Of several ranks each has its own
+    batches, maybe none; all get the scores of all samples, in rank order.
     """
     parts: dict[Name, list[Tensor]] = {name: [] for name in settings}
     before: Any = None
-    with inference(model):
+    with ranks.together("scoring"), inference(model):
         for batch in batches:
             missing = 0 if before is None else size_of(before) - size_of(batch)
             for name, setting in settings.items():
@@ -102,7 +108,12 @@ def scores_under(
                     else:
                         parts[name].append(task.rows(model, batch))
             before = batch if missing <= 0 else before
-    return {name: _gather(rows, task) for name, rows in parts.items()}
+        every = gathered(parts, 4 if task.score is None else 1, ranks)
+        if not all(rows.shape[1] for rows in every.values()):
+            raise ranks.common(
+                UserError("there are no samples to test on: is the iterator used up?")
+            )
+    return {name: _scores(rows, task) for name, rows in every.items()}
 
 
 @contextlib.contextmanager
@@ -277,12 +288,9 @@ def _checked(values: Any) -> Tensor:
     return values
 
 
-def _gather(parts: list[Tensor], task: Task) -> Scores:
-    if not parts:
-        raise UserError("there are no samples to test on: is the iterator used up?")
-    rows = torch.cat(parts, dim=1).cpu().numpy()
+def _scores(rows: Tensor, task: Task) -> Scores:
     if task.score is not None:
-        return Scores(rows[0].astype(np.float64))
-    predicted, labels, loss, confidence = rows
+        return Scores(rows[0].double().numpy())
+    predicted, labels, loss, confidence = rows.numpy()
     found = Predictions(predicted.astype(np.int64), labels.astype(np.int64), loss, confidence)
     return Scores(found.correct.astype(np.float64), found)
