@@ -41,13 +41,13 @@ class InMemorySplit:
         return sampling.steps_per_epoch(len(self), batch_size)
 
     def training_batches(
-        self, batch_size: int, start_step: int = 0
+        self, batch_size: int, start_step: int = 0, share: sampling.Share = sampling.EVERYTHING
     ) -> Iterator[tuple[Tensor, Tensor]]:
         passes = sampling.training_passes(
             len(self), batch_size, start_step, self._augmentation, self._seed
         )
         for whole in passes:
-            for part in whole.to(self._device).batches(batch_size):
+            for part in whole.to(self._device).batches(batch_size, share):
                 yield self._gather(part)
 
     def batches(

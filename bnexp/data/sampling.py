@@ -70,6 +70,28 @@ def _limited(labels: np.ndarray, limit: int | None, rng: np.random.Generator) ->
     return stratified_subset(labels, limit, rng)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of every mini-batch that one of several processes takes: consecutive samples.
+
+    The parts differ by at most one unit of `unit` samples that stay together; the last unit of a
+    mini-batch may be short.
+    """
+
+    rank: int = 0
+    size: int = 1
+    unit: int = 1
+
+    def of(self, count: int) -> slice:
+        """Which of the `count` samples of a mini-batch; none of them, maybe."""
+        units = -(-count // self.unit)
+        first, end = (units * rank // self.size for rank in (self.rank, self.rank + 1))
+        return slice(min(first * self.unit, count), min(end * self.unit, count))
+
+
+EVERYTHING = Share()
+
+
 def steps_per_epoch(images: int, batch_size: int) -> int:
     """Full batches in one pass over so many images; UserError when not even one fits."""
     if batch_size > images:
@@ -118,9 +140,11 @@ class Pass:
             None if self.draws is None else upload(self.draws, device),
         )
 
-    def batches(self, batch_size: int) -> Iterator[Pass]:
+    def batches(self, batch_size: int, share: Share = EVERYTHING) -> Iterator[Pass]:
+        """Parts of `batch_size`, the last one maybe short, and of each what `share` takes."""
         for start in range(0, len(self), batch_size):
-            yield self[start : start + batch_size]
+            part = self[start : start + batch_size]
+            yield part[share.of(len(part))]
 
 
 def training_pass(

@@ -70,12 +70,12 @@ class StreamedSplit:
         return sampling.steps_per_epoch(len(self), batch_size)
 
     def training_batches(
-        self, batch_size: int, start_step: int = 0
+        self, batch_size: int, start_step: int = 0, share: sampling.Share = sampling.EVERYTHING
     ) -> Iterator[tuple[Tensor, Tensor]]:
         passes = sampling.training_passes(
             len(self), batch_size, start_step, self._augmentation, self._seed
         )
-        return self._load(part for whole in passes for part in whole.batches(batch_size))
+        return self._load(part for whole in passes for part in whole.batches(batch_size, share))
 
     def batches(
         self, batch_size: int, samples: int | None = None, augment: bool = False

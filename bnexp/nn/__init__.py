@@ -6,6 +6,7 @@ from bnexp.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnexp.nn.convert import convert_batchnorm, restore_batchnorm
 from bnexp.nn.modes import (
     freeze_batchnorm,
+    normalize_across,
     set_normalization_batch,
     unfreeze_batchnorm,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "BatchNorm3d",
     "convert_batchnorm",
     "freeze_batchnorm",
+    "normalize_across",
     "restore_batchnorm",
     "set_normalization_batch",
     "unfreeze_batchnorm",

@@ -5,9 +5,10 @@ Untouched, a layer does exactly what its parent class does. Beyond that, in trai
 * a `StatisticsTracker` gives the layer a `MomentsSlot`; the native kernel then leaves the batch
   mean and the unbiased batch variance there, at no cost, in place of updating running buffers;
 * `normalization_batch` makes it normalize over consecutive sub-batches (ghost batches);
+* `across` makes it normalize over a mini-batch of which other processes have the other samples;
 * `frozen` makes it normalize with its running buffers, as in inference, and update nothing.
 
-The last two are set on whole models by `bnexp.nn.modes`. `followed_class` does all this for
+The last three are set on whole models by `bnexp.nn.modes`. `followed_class` does all this for
 subclasses of `torch.nn`'s layers, of which only what `F.batch_norm` computes is then another.
 """
 
@@ -27,6 +28,10 @@ from bnexp.torch_internals import BatchNormBase, in_backward, in_transform
 
 # weight, bias and eps
 Affine = tuple[Tensor | None, Tensor | None, float]
+
+# input -> its normalized self, and of the mini-batch that it is a part of the mean, the unbiased
+# variance and the number of values per channel
+Across = Callable[[Tensor, Affine], tuple[Tensor, Tensor, Tensor, int]]
 
 
 class MomentsSlot:
@@ -59,6 +64,7 @@ class MomentsSlot:
 class TrackedBatchNorm(BatchNormBase):
     # Class attributes, so that a torch.nn layer becomes one of ours by its `__class__` alone.
     normalization_batch: int | None = None
+    across: Across | None = None
     frozen: bool = False
     slot: MomentsSlot | None = None
 
@@ -66,7 +72,7 @@ class TrackedBatchNorm(BatchNormBase):
         if isinstance(input, fx.Proxy):  # a leaf of traced graphs, as torch.nn's layers are
             tracer = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-        if self.slot is None and self.normalization_batch is None and not self.frozen:
+        if self.slot is None and not self.is_set:
             return super().forward(input)
         if self._does_as_its_parent():
             return super().forward(input)
@@ -74,11 +80,15 @@ class TrackedBatchNorm(BatchNormBase):
         averages = self.track_running_stats and self.running_mean is not None
         return self._train(input, averages, (self.weight, self.bias, self.eps))
 
+    @property
+    def is_set(self) -> bool:
+        """Whether it normalizes in training as its parent class does not."""
+        return self.frozen or self.normalization_batch is not None or self.across is not None
+
     def _does_as_its_parent(self) -> bool:
         slot = self.slot
         if self.training:
-            alone = slot is None or slot.unused
-            return alone and self.normalization_batch is None and not self.frozen
+            return (slot is None or slot.unused) and not self.is_set
         if slot is not None and slot.busy:
             slot.feed()
         return True
@@ -90,17 +100,17 @@ class TrackedBatchNorm(BatchNormBase):
             weight, bias, eps = affine
             return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
         if not averages:
-            return self._normalize(input, None, None, affine)
+            return self._normalize(input, None, None, affine)[0]
         slot = self.slot
         if slot is None or slot.unused:
             return self._normalize_and_average(input, affine)
         if in_backward():
-            return self._normalize(input, slot.mean.clone(), slot.var.clone(), affine)
+            return self._normalize(input, slot.mean.clone(), slot.var.clone(), affine)[0]
         if slot.busy:
             slot.feed()
             slot = self.slot or slot  # a new one, if the layer has moved
         try:
-            output = self._normalize(input, slot.mean, slot.var, affine)
+            output, values = self._normalize(input, slot.mean, slot.var, affine)
         except RuntimeError as error:
             if not in_transform(input):
                 raise
@@ -108,7 +118,6 @@ class TrackedBatchNorm(BatchNormBase):
                 "a layer that a StatisticsTracker follows is called inside torch.vmap or another "
                 "transform of torch.func, where one input stands for many: close() it first"
             ) from error
-        values = input.numel() // self.num_features
         if values:  # torch computes no moments of an empty batch
             slot.values = values
             size = self.normalization_batch
@@ -118,13 +127,21 @@ class TrackedBatchNorm(BatchNormBase):
 
     def _normalize(
         self, input: Tensor, mean: Tensor | None, var: Tensor | None, affine: Affine
-    ) -> Tensor:
+    ) -> tuple[Tensor, int]:
         """Normalize with batch statistics; leave (the average over sub-batches of) the batch mean
-        and the unbiased batch variance in `mean` and `var`, (C,) each, unless they are None."""
+        and the unbiased batch variance in `mean` and `var`, (C,) each, unless they are None. With
+        the number of values per channel in the mini-batch."""
+        if self.across is not None:
+            output, *found, values = self.across(input, affine)
+            with torch.no_grad():
+                for buffer, value in zip((mean, var), found, strict=True):
+                    if buffer is not None:
+                        buffer.copy_(value)
+            return output, values
         weight, bias, eps = affine
-        size = self.normalization_batch
+        size, values = self.normalization_batch, input.numel() // self.num_features
         if size is None or input.shape[0] <= size:
-            return F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+            return F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps), values
         parts = input.split(size)
         if parts[-1].numel() == self.num_features:
             raise UserError(
@@ -133,18 +150,17 @@ class TrackedBatchNorm(BatchNormBase):
                 "has a single sample"
             )
         # momentum 1, 1/2, 1/3, ... is the running average
-        return torch.cat(
-            [
-                F.batch_norm(part, mean, var, weight, bias, True, 1.0 / i, eps)
-                for i, part in enumerate(parts, start=1)
-            ]
-        )
+        outputs = [
+            F.batch_norm(part, mean, var, weight, bias, True, 1.0 / i, eps)
+            for i, part in enumerate(parts, start=1)
+        ]
+        return torch.cat(outputs), values
 
     def _normalize_and_average(self, input: Tensor, affine: Affine) -> Tensor:
-        """Ghost batches without a tracker: one update of the running buffers per mini-batch."""
+        """Without a tracker: one update of the running buffers per mini-batch."""
         buffers = self.running_mean, self.running_var
         mean, var = (None if buffer is None else torch.zeros_like(buffer) for buffer in buffers)
-        output = self._normalize(input, mean, var, affine)
+        output, _ = self._normalize(input, mean, var, affine)
         with torch.no_grad():
             counter, momentum = self.num_batches_tracked, self.momentum
             if counter is not None:
@@ -217,16 +233,11 @@ class TrackedBatchNorm(BatchNormBase):
     def __prepare_scriptable__(self) -> TrackedBatchNorm:
         """`torch.jit.script` turns the layer back into its parent class, which it can compile."""
         plain = plain_class(self)
-        if (
-            plain is None
-            or self.slot is not None
-            or self.frozen
-            or self.normalization_batch is not None
-        ):
+        if plain is None or self.slot is not None or self.is_set:
             raise UserError(
                 f"TorchScript cannot compile a {type(self).__name__} that is tracked, frozen, has "
-                "ghost batches or is a subclass of bnexp's layers: close() the StatisticsTracker, "
-                "or call bnexp.nn.restore_batchnorm(model) first"
+                "ghost batches, spans processes or is a subclass of bnexp's layers: close() the "
+                "StatisticsTracker, or call bnexp.nn.restore_batchnorm(model) first"
             )
         turn_into(self, plain)
         return self

@@ -106,7 +106,7 @@ def restore_batchnorm(model: Model) -> Model:
     for layer in model.modules():
         plain = plain_class(layer)
         if plain is not None:
-            for name in ("normalization_batch", "frozen"):
+            for name in ("normalization_batch", "across", "frozen"):
                 layer.__dict__.pop(name, None)
             turn_into(layer, plain)
     return model

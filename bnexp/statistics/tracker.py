@@ -277,7 +277,7 @@ class StatisticsTracker:
                 del layer.slot
                 layer._buffers.update({name: view.clone() for name, view in views})
         for layer, parent in self._converted:
-            if not layer.frozen and layer.normalization_batch is None:
+            if not layer.is_set:
                 turn_into(layer, parent)
 
     def __enter__(self) -> StatisticsTracker:

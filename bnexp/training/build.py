@@ -17,6 +17,7 @@ from bnexp.errors import UserError
 from bnexp.networks import build_model
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
 from bnexp.nn.find import batchnorm_layers
+from bnexp.ranks import Alone, Ranks
 from bnexp.statistics import Ema, StatisticsTracker
 from bnexp.statistics.rules import Estimator
 from bnexp.training.averages import EmaWeights, SwaWeights, WeightAverage
@@ -24,13 +25,15 @@ from bnexp.training.checkpoints import BEST, BEST_ON_TEST
 from bnexp.training.guards import Best, Collapse, EarlyStopping, Plateau
 from bnexp.training.metrics import EmaAccuracy
 from bnexp.training.optimizer import build_optimizer
+from bnexp.training.processes import ALONE, Processes, join_processes
 from bnexp.training.schedule import learning_rate
 from bnexp.training.state import TrainingState
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training: what its config says, what it reads, and the state that its steps change."""
+    """A training: what its config says, what it reads, the state that its steps change, and the
+    processes that compute them."""
 
     config: Config
     device: torch.device
@@ -38,6 +41,7 @@ class Training:
     state: TrainingState
     steps_per_epoch: int
     total_steps: int
+    processes: Processes = ALONE
 
     @property
     def best_file(self) -> str | None:
@@ -57,8 +61,11 @@ class Training:
         )
 
 
-def build_training(config: Config, device: torch.device, data: Data | None = None) -> Training:
-    """A training at its step 0. `data` takes the place of what the config names.
+def build_training(
+    config: Config, device: torch.device, data: Data | None = None, ranks: Ranks = Alone()
+) -> Training:
+    """A training at its step 0. `data` takes the place of what the config names; all of `ranks`
+    make theirs alike.
 
     Seeds torch's global generator, from which the initial weights and dropout draw. UserError
     where the data or the network are not what the config needs.
@@ -75,9 +82,10 @@ def build_training(config: Config, device: torch.device, data: Data | None = Non
     steps_per_epoch = data.train.steps_per_epoch(training.batch_size)
     total_steps = training.steps or max(1, round((training.epochs or 0) * steps_per_epoch))
     stopping = training.early_stopping
+    processes = join_processes(config, ranks, model, lambda: _sample(data))
     state = TrainingState(
         device=device,
-        tracker=track(model, config),
+        tracker=track(model, config, ranks),
         model=model,
         optimizer=build_optimizer(training.optimizer, model),
         scaler=torch.amp.GradScaler(device.type, enabled=training.precision == "float16"),
@@ -87,7 +95,7 @@ def build_training(config: Config, device: torch.device, data: Data | None = Non
         plateau=Plateau(training.schedule),
         best=EarlyStopping(stopping) if stopping else Best(),
     )
-    return Training(config, device, data, state, steps_per_epoch, total_steps)
+    return Training(config, device, data, state, steps_per_epoch, total_steps, processes)
 
 
 def data_settings(config: DataConfig) -> DataSettings:
@@ -121,12 +129,14 @@ def build_network(config: Config, data: Data, device: torch.device) -> nn.Module
     return model
 
 
-def track(model: nn.Module, config: Config) -> StatisticsTracker | None:
+def track(model: nn.Module, config: Config, ranks: Ranks = Alone()) -> StatisticsTracker | None:
     """The config's online estimators on the BN layers of `model`, the running averages first;
     None where it has no such layers."""
     if not batchnorm_layers(model):
         return None
-    tracker = StatisticsTracker(model, _estimators(config))
+    # Layers that normalize across ranks have the whole mini-batch's statistics on each of them.
+    parts = ranks if config.statistics.normalization_batch else Alone()
+    tracker = StatisticsTracker(model, _estimators(config), ranks=parts)
     if config.statistics.normalization_batch:
         set_normalization_batch(model, config.statistics.normalization_batch)
     return tracker
@@ -144,7 +154,13 @@ def freeze_when_due(training: Training) -> None:
     """From `statistics.freeze_from_step` on, normalize with the running statistics."""
     freeze_from, state = training.config.statistics.freeze_from_step, training.state
     if freeze_from is not None and state.step >= freeze_from and state.tracker:
+        state.merge()
         freeze_batchnorm(state.model)
+
+
+def _sample(data: Data) -> torch.Tensor:
+    """Some inputs of the network: two, of which BN layers can tell a variance."""
+    return next(iter(data.train.batches(2)))[0]
 
 
 def _estimators(config: Config) -> dict[str, Estimator]:
