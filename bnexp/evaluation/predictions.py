@@ -67,18 +67,12 @@ def predict_under(
                 else:
                     with statistics.applied_to(model), folded(model) if fold else nullcontext():
                         parts[name] += [_predict_batch(model, x, y) for _, x, y in block]
-        every = gathered(parts, 4, ranks)
+        mine = {name: _joined(rows) for name, rows in parts.items()}
+        brought = ranks.gather(mine, "the predictions")
+        every = {name: torch.cat([rows[name] for rows in brought], dim=1) for name in kinds}
         if not all(rows.shape[1] for rows in every.values()):
             raise ranks.common(_no_samples())
     return {name: _predictions(rows) for name, rows in every.items()}
-
-
-def gathered(parts: Mapping[Name, list[Tensor]], columns: int, ranks: Ranks) -> dict[Name, Tensor]:
-    """The rows (columns, n) of this rank's batches by name -> those of all ranks, in rank order,
-    on the CPU."""
-    mine = {name: _joined(rows, columns) for name, rows in parts.items()}
-    every = ranks.gather(mine, "the predictions")
-    return {name: torch.cat([rows[name] for rows in every], dim=1) for name in mine}
 
 
 def _predict_batch(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -123,8 +117,8 @@ def _blocks(
         yield block
 
 
-def _joined(parts: list[Tensor], columns: int = 4) -> Tensor:
-    return torch.cat(parts, dim=1).cpu() if parts else torch.zeros(columns, 0)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, dim=1).cpu() if parts else torch.zeros(4, 0)
 
 
 def _predictions(rows: Tensor) -> Predictions:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from bnexp.analysis.predictions import Predictions
 from bnexp.errors import UserError
-from bnexp.evaluation.predictions import classified, gathered
+from bnexp.evaluation.predictions import classified
 from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import inference
 from bnexp.ranks import Alone, Ranks
@@ -92,28 +94,60 @@ def scores_under(
 
     Under `batch_statistics` a batch smaller than the one before it is filled up with that one's
     samples where they are tensors, so that every sample is normalized among equally many. The
-    model is as before afterwards, also after an exception. Of several ranks each has its own
-    batches, maybe none; all get the scores of all samples, in rank order.
+    model is as before afterwards, also after an exception. Ranks have the same batches (UserError
+    if not), each scores some of them, and all get the scores of all, in the order of the batches.
     """
     parts: dict[Name, list[Tensor]] = {name: [] for name in settings}
     before: Any = None
     with ranks.together("scoring"), inference(model):
-        for batch in batches:
+        alike = Alike(batches, ranks, "test")
+        for number, batch in enumerate(alike):
             missing = 0 if before is None else size_of(before) - size_of(batch)
-            for name, setting in settings.items():
-                with setting(model):
-                    if setting is batch_statistics and missing > 0:
-                        whole = _joined(before, batch, missing)
-                        parts[name].append(task.rows(model, whole)[:, missing:])
-                    else:
-                        parts[name].append(task.rows(model, batch))
+            if number % ranks.size == ranks.rank:
+                for name, setting in settings.items():
+                    with setting(model):
+                        if setting is batch_statistics and missing > 0:
+                            whole = _joined(before, batch, missing)
+                            parts[name].append(task.rows(model, whole)[:, missing:])
+                        else:
+                            parts[name].append(task.rows(model, batch))
             before = batch if missing <= 0 else before
-        every = gathered(parts, 4 if task.score is None else 1, ranks)
-        if not all(rows.shape[1] for rows in every.values()):
-            raise ranks.common(
-                UserError("there are no samples to test on: is the iterator used up?")
+        alike.check()
+        every = ranks.gather(parts, "the scores")
+    return {name: _scores(_in_order([p[name] for p in every]), task) for name in settings}
+
+
+class Alike:
+    """Batches that all ranks must have alike; once gone through, `check` raises UserError on all
+    of them if they don't. what: the batches are, in words."""
+
+    def __init__(self, batches: Iterable, ranks: Ranks, what: str) -> None:
+        self._batches, self._ranks, self._what = batches, ranks, what
+        self._sum = 0
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        self._sum = 0
+        for batch in self._batches:
+            if self._ranks.size > 1:
+                for tensor in tensors_in(batch):
+                    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    self._sum = zlib.crc32(data.numpy(), self._sum)  # type: ignore[arg-type]
+            yield batch
+
+    def check(self) -> None:
+        sums = self._ranks.gather(self._sum, f"the {self._what} batches")
+        other = next((rank for rank, found in enumerate(sums) if found != sums[0]), None)
+        if other is not None:
+            raise self._ranks.common(
+                UserError(
+                    f"rank {other} has other {self._what} batches than rank 0: give all ranks the "
+                    "same in the same order, without a DistributedSampler; the work on them is "
+                    "split over the ranks here"
+                )
             )
-    return {name: _scores(rows, task) for name, rows in every.items()}
 
 
 @contextlib.contextmanager
@@ -286,6 +320,15 @@ def _checked(values: Any) -> Tensor:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise UserError(f"score gave {shape}: a tensor (N,) with a number per sample is needed")
     return values
+
+
+def _in_order(parts: list[list[Tensor]]) -> Tensor:
+    """The rows of all batches, from those of each rank, which had every so manieth."""
+    turns = itertools.zip_longest(*parts)
+    rows = [part.cpu() for turn in turns for part in turn if part is not None]
+    if not rows:
+        raise UserError("there are no samples to test on: is the iterator used up?")
+    return torch.cat(rows, dim=1)
 
 
 def _scores(rows: Tensor, task: Task) -> Scores:
