@@ -109,8 +109,10 @@ def _adapted(
 ) -> Statistics:
     """Statistics of test images, pulled towards the running ones (`bnexp.blend`)."""
     images = _TestImages(subject, settings.samples)
-    target = recompute_statistics(subject.model, images, method="exact", memory=memory)
-    return blend(running, target, settings.prior, images.count)
+    ranks = subject.ranks
+    target = recompute_statistics(subject.model, images, method="exact", memory=memory, ranks=ranks)
+    count = sum(ranks.gather(images.count, "the number of test images"))
+    return blend(running, target, settings.prior, count)
 
 
 @dataclass
