@@ -24,7 +24,7 @@ from bnexp.training.build import Training, build_training, data_settings
 from bnexp.training.display import Display, Mute, Silent, Terminal
 from bnexp.training.loop import Result, train
 from bnexp.training.processes import by_rank_0, device_of_rank, one_by_one
-from bnexp.training.resume import changes_of, go_on
+from bnexp.training.resume import changes_of, go_on, has_checkpoint, require_same_weights
 from bnexp.training.run_data import FILE as DATA_FILE
 from bnexp.training.run_data import load_run_data
 from bnexp.training.signals import SIGNALS, Interruption, ignored
@@ -101,7 +101,7 @@ def run_experiment(
             if chosen is None:
                 run, training = _begin(settings, device, runs, place, ranks, held)
                 display = _display(training, progress)
-                for line in training.data.remarks:
+                for line in training.remarks:
                     display.line(line)
             else:
                 changes = by_rank_0(ranks, "the changes", lambda: changes_of(chosen, settings))
@@ -111,7 +111,10 @@ def run_experiment(
                     "the data",
                     lambda: load_run_data(chosen, settings, device, changed_data),
                 )
-                run, training = chosen, build_training(settings, device, data, ranks)
+                begun = by_rank_0(ranks, "the checkpoints", lambda: has_checkpoint(chosen))
+                begin = settings.model.weights is not None and not begun
+                run, training = chosen, build_training(settings, device, data, ranks, begin)
+                by_rank_0(ranks, "weights", lambda: require_same_weights(chosen, training))
                 display = _display(training, progress)
                 go_on(run, training, changes, change, display)
             held.callback(training.processes.close)
@@ -140,6 +143,8 @@ def _begin(
     environment = describe_environment(
         config.seed, describe_device(device), torch.get_num_threads(), ranks.size
     )
+    if training.given is not None:
+        environment["weights"] = training.given.to_dict()
     files = {DATA_FILE: data.fingerprint, "environment.json": environment}
 
     def make() -> Run:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnexp.data.grouping import ClassBatches
 from bnexp.data.settings import Augmentation, DataSettings
 from bnexp.errors import UserError
 
@@ -92,8 +93,10 @@ class Share:
 EVERYTHING = Share()
 
 
-def steps_per_epoch(images: int, batch_size: int) -> int:
+def steps_per_epoch(images: int, batch_size: int, grouping: ClassBatches | None = None) -> int:
     """Full batches in one pass over so many images; UserError when not even one fits."""
+    if grouping:
+        return grouping.steps(batch_size)
     if batch_size > images:
         raise UserError(
             f"a training batch of {batch_size} needs more than the {images} training images "
@@ -148,22 +151,33 @@ class Pass:
 
 
 def training_pass(
-    images: int, batch_size: int, epoch: int, augmentation: Augmentation, seed: int
+    images: int,
+    batch_size: int,
+    epoch: int,
+    augmentation: Augmentation,
+    seed: int,
+    grouping: ClassBatches | None = None,
 ) -> Pass:
-    """The shuffle of epoch number `epoch`, full batches only."""
-    used = steps_per_epoch(images, batch_size) * batch_size
-    order = generator(seed, "order", epoch).permutation(images)[:used]
+    """The shuffle of epoch number `epoch`, full batches only; those of `grouping`, if given."""
+    used = steps_per_epoch(images, batch_size, grouping) * batch_size
+    rng = generator(seed, "order", epoch)
+    order = grouping.order(batch_size, rng) if grouping else rng.permutation(images)[:used]
     draws = draw_augmentation(used, augmentation, generator(seed, "augmentation", epoch))
     return Pass(torch.from_numpy(order), draws)
 
 
 def training_passes(
-    images: int, batch_size: int, start_step: int, augmentation: Augmentation, seed: int
+    images: int,
+    batch_size: int,
+    start_step: int,
+    augmentation: Augmentation,
+    seed: int,
+    grouping: ClassBatches | None = None,
 ) -> Iterator[Pass]:
     """What is left of the epoch that `start_step` falls into, then epoch after epoch."""
-    epoch, done = divmod(start_step, steps_per_epoch(images, batch_size))
+    epoch, done = divmod(start_step, steps_per_epoch(images, batch_size, grouping))
     while True:
-        whole = training_pass(images, batch_size, epoch, augmentation, seed)
+        whole = training_pass(images, batch_size, epoch, augmentation, seed, grouping)
         yield whole[done * batch_size :]
         epoch, done = epoch + 1, 0
 

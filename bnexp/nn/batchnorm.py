@@ -8,7 +8,8 @@ Untouched, a layer does exactly what its parent class does. Beyond that, in trai
 * `across` makes it normalize over a mini-batch of which other processes have the other samples;
 * `frozen` makes it normalize with its running buffers, as in inference, and update nothing.
 
-The last three are set on whole models by `bnexp.nn.modes`. `followed_class` does all this for
+The last three are set on whole models by `bnexp.nn.modes`. `bnexp.nn.renormalization` has layers
+that normalize otherwise. `followed_class` does all this for
 subclasses of `torch.nn`'s layers, of which only what `F.batch_norm` computes is then another.
 """
 
@@ -67,6 +68,8 @@ class TrackedBatchNorm(BatchNormBase):
     across: Across | None = None
     frozen: bool = False
     slot: MomentsSlot | None = None
+    # Whether training reads the running buffers; see `bnexp.nn.renormalization`.
+    reads_averages: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):  # a leaf of traced graphs, as torch.nn's layers are
@@ -83,7 +86,8 @@ class TrackedBatchNorm(BatchNormBase):
     @property
     def is_set(self) -> bool:
         """Whether it normalizes in training as its parent class does not."""
-        return self.frozen or self.normalization_batch is not None or self.across is not None
+        own = self.frozen or self.reads_averages
+        return own or self.normalization_batch is not None or self.across is not None
 
     def _does_as_its_parent(self) -> bool:
         slot = self.slot
@@ -139,9 +143,22 @@ class TrackedBatchNorm(BatchNormBase):
                         buffer.copy_(value)
             return output, values
         weight, bias, eps = affine
-        size, values = self.normalization_batch, input.numel() // self.num_features
-        if size is None or input.shape[0] <= size:
+        parts = self._parts(input)
+        values = input.numel() // self.num_features
+        if len(parts) == 1:
             return F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps), values
+        # momentum 1, 1/2, 1/3, ... is the running average
+        outputs = [
+            F.batch_norm(part, mean, var, weight, bias, True, 1.0 / i, eps)
+            for i, part in enumerate(parts, start=1)
+        ]
+        return torch.cat(outputs), values
+
+    def _parts(self, input: Tensor) -> tuple[Tensor, ...]:
+        """What is normalized by itself: the whole input, or its ghost batches."""
+        size = self.normalization_batch
+        if size is None or input.shape[0] <= size:
+            return (input,)
         parts = input.split(size)
         if parts[-1].numel() == self.num_features:
             raise UserError(
@@ -149,12 +166,7 @@ class TrackedBatchNorm(BatchNormBase):
                 f"a batch of {input.shape[0]}: a variance needs two; choose sizes where no part "
                 "has a single sample"
             )
-        # momentum 1, 1/2, 1/3, ... is the running average
-        outputs = [
-            F.batch_norm(part, mean, var, weight, bias, True, 1.0 / i, eps)
-            for i, part in enumerate(parts, start=1)
-        ]
-        return torch.cat(outputs), values
+        return parts
 
     def _normalize_and_average(self, input: Tensor, affine: Affine) -> Tensor:
         """Without a tracker: one update of the running buffers per mini-batch."""
@@ -235,8 +247,9 @@ class TrackedBatchNorm(BatchNormBase):
         plain = plain_class(self)
         if plain is None or self.slot is not None or self.is_set:
             raise UserError(
-                f"TorchScript cannot compile a {type(self).__name__} that is tracked, frozen, has "
-                "ghost batches, spans processes or is a subclass of bnexp's layers: close() the "
+                f"TorchScript cannot compile a {type(self).__name__} that is tracked, frozen, "
+                "renormalized, has ghost batches, spans processes or is a subclass of bnexp's "
+                "layers: close() the "
                 "StatisticsTracker, or call bnexp.nn.restore_batchnorm(model) first"
             )
         turn_into(self, plain)

@@ -92,6 +92,23 @@ def go_on(
     by_rank_0(ranks, "the resume", lambda: _record(run, training, changes, changed_data, display))
 
 
+def has_checkpoint(run: Run) -> bool:
+    """UserError if there are only damaged ones."""
+    return newest_checkpoint(run.checkpoints)[0] is not None
+
+
+def require_same_weights(run: Run, training: Training) -> None:
+    """UserError if `model.weights` were loaded that are not those the run was begun with."""
+    recorded = run.environment.get("weights")
+    if training.given is None or not isinstance(recorded, dict):
+        return
+    if recorded.get("hash") != training.given.hash:
+        raise UserError(
+            f"model.weights {training.config.model.weights} are others than when {run.path} was "
+            "begun, and it has no checkpoint yet: start a new run"
+        )
+
+
 def _newest(
     run: Run, training: Training, display: Display
 ) -> tuple[dict[str, Any], Changes] | None:
