@@ -15,7 +15,7 @@ from bnexp.analysis.comparison import Comparison
 from bnexp.analysis.expectations import unmet_accuracy, unmet_cost, unmet_worst_cost
 from bnexp.config import Config, load_config, resolve
 from bnexp.device import describe_device, estimate_step_bytes, resolve_device
-from bnexp.errors import Interrupted, RunFailed, UserError, disk_failure, is_out_of_memory
+from bnexp.errors import Diverged, Interrupted, RunFailed, UserError, disk_failure, is_out_of_memory
 from bnexp.ranks import refuse_launcher
 from bnexp.records import RUNS, Run, create_run, find_run
 from bnexp.records.environment import describe_environment
@@ -146,7 +146,7 @@ def _run_to_the_end(
             f"interrupted; go on from the last checkpoint with: bnexp train --resume {run.path}"
         ) from None
     except RunFailed as error:
-        _write_end(run, training, "failed", str(error))
+        _write_end(run, training, "failed", str(error), isinstance(error, Diverged))
         raise
     except Exception as error:
         error = _explained(error, run, training)
@@ -170,10 +170,13 @@ def _headline(run: Run, training: Training) -> str:
     )
 
 
-def _write_end(run: Run, training: Training, state: str, message: str) -> None:
+def _write_end(
+    run: Run, training: Training, state: str, message: str, diverged: bool = False
+) -> None:
     """`step` is that of the last checkpoint, from which a resume goes on."""
     with contextlib.suppress(OSError):  # what ended the run is said; a full disk may be just that
-        run.write_state(state, training.state.saved_step, training.total_steps, "last", message)
+        step, total = training.state.saved_step, training.total_steps
+        run.write_state(state, step, total, "last", message, diverged)
 
 
 def _unmet_expectation(run: Run, config: Config, comparison: Comparison) -> str | None:
