@@ -41,6 +41,7 @@ def run_study_command(
 ) -> None:
     """`bnexp study`. RunFailed where trainings failed, ExpectationNotMet where claims did."""
     from bnexp.study.local import default_jobs, run_local
+    from bnexp.study.on_ray import run_on_ray
 
     study = read_study(_file(path), overrides)
     plan = plan_study(study)
@@ -55,6 +56,9 @@ def run_study_command(
     display.line(f"{study.config.name}: {plan.sentence}")
 
     def engine(todo: Sequence[Job], watcher: Watcher) -> None:
+        if ray is not None:
+            run_on_ray(todo, ray, resources, watcher)
+            return
         run_local(todo, workers, resources, watcher)
 
     with display:
