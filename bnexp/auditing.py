@@ -224,7 +224,7 @@ def audit(
         UserError: batches that can be gone through once only, no samples, or whatever
             `recompute_statistics` says.
     """
-    choose_ranks(ranks, "an audit")
+    ranks = choose_ranks(ranks, "an audit")
     model = original_module(model)
     for name, batches in (("population", population), ("test", test)):
         if iter(batches) is batches:
@@ -236,7 +236,7 @@ def audit(
         raise UserError(f"method {unknown[0]!r} is unknown: choose {', '.join(METHODS)}")
     task = Task(torch.device(device) if device is not None else device_of(model), forward, score)
     words = score_name or ("accuracy" if score is None else "score")
-    judge = _Judge(model, population, test, task, words, classes, samples)
+    judge = _Judge(model, population, test, task, words, classes, samples, ranks)
     if not batchnorm_layers(model):
         return judge.without_batchnorm()
     with torch.random.fork_rng([]):  # a DataLoader draws from it whenever it is gone through
@@ -252,6 +252,7 @@ class _Judge:
     score_name: str
     classes: Sequence[str] | None
     samples: int | None
+    ranks: Ranks
     seconds: dict[str, float] = field(default_factory=dict)
 
     def without_batchnorm(self) -> Audit:
@@ -368,6 +369,7 @@ class _Judge:
             memory=memory,
             progress=progress,
             forward=lambda model, batch: self.task.output(model, batch),
+            ranks=self.ranks,
         )
 
     def _look_at(self) -> Iterable:

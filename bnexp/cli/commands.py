@@ -32,6 +32,9 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Train in N processes together.")
+    ] = None,
     changed_data: ChangedData = False,
     runs_dir: RunsDir = RUNS,
     quiet: Annotated[
@@ -53,6 +56,7 @@ def train(
         resume,
         changed_data,
         runs=runs_dir,
+        processes=processes,
         quiet=quiet,
         dry_run=dry_run,
         as_json=as_json,

@@ -133,12 +133,18 @@ def _setup(config: Mapping[str, Any]) -> Setup:
         raise ValueError("training.ema_accuracy_decay is not below 1")
     return Setup(
         model=str(config["model"]["name"]),
-        data=str(config["data"]["name"]),
+        data=_data(config["data"]),
         seed=int(config.get("seed", 0)),
         batch_size=int(training["batch_size"]),
         ema_decay=decay,
         label_smoothing=float(training.get("label_smoothing", 0.0)),
     )
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    worse = config.get("corruption")
+    name = str(config["name"])
+    return f"{name} with {worse['name']} {worse['severity']} in testing" if worse else name
 
 
 def _evaluation(row: Mapping[str, Any]) -> Evaluation:
@@ -148,7 +154,9 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
 
 def _test_images(run: Run) -> str | None:
     try:
-        return repr((read_json(run.path / "data.json") or {})["splits"]["test"]["hashes"])
+        hashes = (read_json(run.path / "data.json") or {})["splits"]["test"]["hashes"]
+        worse = run.config["data"].get("corruption")
+        return f"{hashes} {worse}" if worse else repr(hashes)
     except (LookupError, TypeError):  # a run made before this was recorded
         return None
 

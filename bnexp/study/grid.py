@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -156,8 +156,8 @@ def identity(config: Config, free: bool = False) -> str:
     tree["data"].pop("workers")
     if config.data.name != "image-folder":  # the contents of the others are published
         tree["data"].pop("root")
-    if weights := tree["model"].get("weights"):
-        tree["model"]["weights"] = _contents(str(weights))
+    if config.model.weights:
+        tree["model"]["weights"] = _contents(config.model.weights)
     if free:
         del tree["statistics"]["estimators"]
         if _reads_no_averages(config):
@@ -183,11 +183,10 @@ def _reads_no_averages(config: Config) -> bool:
     and the best checkpoint go by evaluations under them; and only they are looked at on training
     and validation images, beside averaged weights, and by statistics that adapt them.
     """
-    tree = config.model_dump(mode="json")
     return (
         config.model.norm in ("batch", "none")
         and config.statistics.freeze_from_step is None
-        and not tree["statistics"].get("adapted")
+        and not config.statistics.adapted
         and config.training.averages.ema is None
         and config.training.averages.swa is None
         and config.training.early_stopping is None
@@ -217,9 +216,11 @@ def _folded(group: Sequence[Point]) -> list[Training]:
             names["running"] = "running"
         else:
             name = f"decay-{statistics.decay:g}"
-            names["running"] = _add(estimators, name, Ema(statistics.decay))
+            names["running"] = _add(
+                estimators, name, Ema(statistics.decay), first.statistics.adapted
+            )
         for name, rule in wanted.items():
-            names[name] = _add(estimators, name, rule)
+            names[name] = _add(estimators, name, rule, first.statistics.adapted)
         if len(estimators) > MAX_ESTIMATORS and i:
             return [*_folded(group[:i]), *_folded(group[i:])]
         readings.append(Reading(point, names, estimators))
@@ -228,10 +229,12 @@ def _folded(group: Sequence[Point]) -> list[Training]:
     return [Training(identity(config), config, tuple(readings))]
 
 
-def _add(estimators: dict[str, Estimator], name: str, rule: Estimator) -> str:
+def _add(
+    estimators: dict[str, Estimator], name: str, rule: Estimator, taken: Container[str]
+) -> str:
     """Have `rule` among the estimators, by `name` or one like it; which one comes back."""
     for number in itertools.count(1):
         candidate = name if number == 1 else f"{name}.{number}"
-        if estimators.setdefault(candidate, rule) == rule:
+        if candidate not in taken and estimators.setdefault(candidate, rule) == rule:
             return candidate
     raise AssertionError

@@ -306,8 +306,7 @@ def refuse_unmeasured(measure: Measure, at: float | None, config: Config, said: 
         if term.condition is None:
             continue
         condition = Condition.parse(term.condition)
-        known = ["running", "recomputed", "batch", *statistics.estimators]
-        known += config.model_dump(mode="json")["statistics"].get("adapted") or {}
+        known = ["running", "recomputed", "batch", *statistics.estimators, *statistics.adapted]
         if config.model.norm == "none":
             known = ["none"]
         if condition.statistics not in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +17,6 @@ from bnexp.errors import Diverged, NotFinite
 from bnexp.evaluation.evaluate import Evaluation, Source, compare_evaluation, evaluate
 from bnexp.training.averages import with_parameters
 from bnexp.training.build import Training, autocast
-from bnexp.training.checkpoints import load_checkpoint
 from bnexp.training.display import Display
 from bnexp.training.logs import Logs
 from bnexp.training.state import load_weights
@@ -79,10 +78,11 @@ class Evaluations:
                     sources = {condition: sources[condition] for condition in shown}
                 self._averaged |= self._evaluate(model, sources)
 
-    def evaluate_best(self, checkpoint: Path) -> None:
-        """Take the weights of the best evaluation, and evaluate these instead of the last."""
+    def evaluate_best(self, kept: Mapping[str, Any]) -> None:
+        """Take the weights of the best evaluation, out of what a checkpoint kept of it, and
+        evaluate these instead of the last."""
         state = self._training.state
-        load_weights(state.model, state.tracker, load_checkpoint(checkpoint))
+        load_weights(state.model, state.tracker, kept)
         with self._inference():
             sources = self._sources(state.model, recompute=True, weights="best")
             self._own = self._evaluate(state.model, sources)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from bnexp.condition import Condition, Weights
+from bnexp.condition import AVERAGED, Condition, Weights
 from bnexp.config import Config
+from bnexp.config.schema import AdaptedConfig
 from bnexp.data import Data, Split
 from bnexp.evaluation.evaluate import Source, sources
 from bnexp.evaluation.subject import Method, Subject
-from bnexp.statistics import Statistics
+from bnexp.statistics import Statistics, recompute_statistics
+from bnexp.statistics.blend import blend
 from bnexp.statistics.progress import Progress
 
 EXACT_CHUNK = 100
@@ -72,9 +75,9 @@ def run_sources(
     progress: Progress = False,
 ) -> dict[Condition, Source]:
     """The online `estimates` and, if asked for, recomputed (by `methods`, else the config's) and
-    batch statistics."""
+    batch statistics; with recomputed ones of the run's own weights those of test images, too."""
     settings = config.statistics.recompute
-    return sources(
+    found = sources(
         subject,
         estimates,
         methods=(methods or [settings.method]) if recompute else (),
@@ -83,3 +86,33 @@ def run_sources(
         memory=settings.memory,
         progress=progress,
     )
+    if recompute and estimates and weights not in AVERAGED:
+        running = next(iter(estimates.values()))
+        for name, adapted in config.statistics.adapted.items():
+            source = partial(_adapted, subject, running, adapted, settings.memory)
+            found[Condition(name, weights)] = source
+    return found
+
+
+def _adapted(
+    subject: Subject, running: Statistics, settings: AdaptedConfig, memory: str | None
+) -> Statistics:
+    """Statistics of test images, pulled towards the running ones (`bnexp.blend`)."""
+    images = _TestImages(subject, settings.samples)
+    target = recompute_statistics(subject.model, images, method="exact", memory=memory)
+    return blend(running, target, settings.prior, images.count)
+
+
+@dataclass
+class _TestImages:
+    """The first `samples` test images, in batches; `count` of them in the latest pass."""
+
+    subject: Subject
+    samples: int | None
+    count: int = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.count = 0
+        for x, _ in self.subject.test(self.samples):
+            self.count += len(x)
+            yield x
