@@ -42,6 +42,24 @@ class Scores:
     def __len__(self) -> int:
         return len(self.values)
 
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+    def changed(self, other: Scores) -> int:
+        """How many samples are predicted, or score, otherwise."""
+        if self.predictions is not None and other.predictions is not None:
+            return int((self.predictions.predicted != other.predictions.predicted).sum())
+        return int((self.values != other.values).sum())
+
+    def at(self, places: Sequence[int]) -> Scores:
+        """Of the samples at these places alone."""
+        p = self.predictions
+        taken = p and Predictions(
+            p.predicted[places], p.labels[places], p.loss[places], p.confidence[places]
+        )
+        return Scores(self.values[places], taken)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -204,17 +222,6 @@ class FirstSamples:
             yield batch
             if self.samples is not None and self.seen >= self.samples:
                 return
-
-
-@dataclass(frozen=True)
-class EveryOther:
-    """Every second batch, from the first or from the second on: disjoint halves."""
-
-    batches: Iterable
-    start: int
-
-    def __iter__(self) -> Iterator[Any]:
-        return (batch for i, batch in enumerate(self.batches) if i % 2 == self.start)
 
 
 def input_of(batch: Any) -> Tensor:

@@ -13,7 +13,7 @@ from bnexp.analysis.comparison import Comparison
 from bnexp.analysis.predictions import Predictions
 from bnexp.condition import Condition, Weights, made_by
 from bnexp.data import Split
-from bnexp.errors import NotFinite, RunFailed
+from bnexp.errors import Diverged, NotFinite
 from bnexp.evaluation.evaluate import Evaluation, Source, compare_evaluation, evaluate
 from bnexp.training.averages import with_parameters
 from bnexp.training.build import Training, autocast
@@ -120,12 +120,12 @@ class Evaluations:
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """As the training computes; RunFailed where it has diverged by then."""
+        """As the training computes; Diverged where it has by then."""
         try:
             with autocast(self._training.config, self._training.device):
                 yield
         except NotFinite as error:
-            raise RunFailed(
+            raise Diverged(
                 f"diverged: at step {self._training.state.step} with learning rate "
                 f"{self._logs.lr:.3g} the activations are no longer finite ({error}); "
                 "lower training.optimizer.lr"
