@@ -24,7 +24,7 @@ import torch.distributed as distributed  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
-PROCESSES, IMAGES, STEPS, EVERY = 4, 4, 600, 25
+PROCESSES, IMAGES, STEPS, EVERY = 4, 4, 400, 20
 RUN = {
     "name": "processes",
     "data": {"name": "digits"},
@@ -80,12 +80,13 @@ def _curves(rank: int, dealt: str) -> dict:
             continue
         own = running_statistics(model)
         every = ranks.gather((own.mean, own.var), "running averages")
-        kinds = {f"rank {r}": Statistics(*pair) for r, pair in enumerate(every)}
+        count = dict.fromkeys(own.mean, step)
+        kinds = {f"rank {r}": Statistics(*pair, count) for r, pair in enumerate(every)}
         mean, var = (
             {name: torch.stack([pair[i][name] for pair in every]).mean(0) for name in own.mean}
             for i in (0, 1)
         )
-        kinds["merged"] = Statistics(mean, var)
+        kinds["merged"] = Statistics(mean, var, count)
         population = list(x[mine].split(100))
         kinds["recomputed"] = recompute_statistics(model, population, ranks=ranks)
         row = {"step": step, "drift": {}, "accuracy": {}}
