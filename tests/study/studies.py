@@ -42,8 +42,7 @@ def plan_of(text: str, *overrides: str, fold: bool = True) -> Plan:
 
 def start(cwd: Path, *arguments: object, **environment: str) -> subprocess.Popen:
     """`bnexp study` in a process group of its own, its output in files beside it."""
-    out, err = open(cwd / "stdout", "w"), open(cwd / "stderr", "w")
-    with out, err:
+    with open(cwd / "stdout", "w") as out, open(cwd / "stderr", "w") as err:
         return subprocess.Popen(
             [sys.executable, "-m", "bnexp", "study", *map(str, arguments)],
             cwd=cwd,

@@ -36,7 +36,7 @@ def made_up(tmp_path, plan, numbers, steps=6):
             run.write_state("failed", 2, steps, "last", "diverged: at step 2", True)
             continue
         kinds = [{"name": c, "accuracy": a, "loss": 1 - a} for c, a in found.items()]
-        comparison = dict.fromkeys(("baseline", "classes", "verdict", "layers"), [])
+        comparison = {key: [] for key in ("baseline", "classes", "verdict", "layers")}
         run.write_json("comparison.json", {**comparison, "samples": 500, "kinds": kinds})
         log = CsvLog(run.path / "steps.csv", STEP_COLUMNS)
         ema = found["running"] / 4
@@ -51,7 +51,7 @@ def made_up(tmp_path, plan, numbers, steps=6):
             )
         log.close()
         run.write_state("finished", steps, steps)
-    return record, experiments_of(record, plan.trainings, failed)
+    return record, experiments_of(record, plan.points, plan.trainings, failed)
 
 
 def judged(tmp_path, claim, numbers, text=TWO, more=()):
@@ -259,7 +259,7 @@ def test_a_claim_needs_partners_in_the_grid():
     text = "vary: {training.batch_size: [10, 20], statistics.decay: [0.5, 0.9]}\nseeds: 1\n"
     text += "only: [{training.batch_size: 10, statistics.decay: 0.5}, "
     text += "{training.batch_size: 20, statistics.decay: 0.9}]\n"
-    with pytest.raises(UserError, match="no partner|has a partner"):
+    with pytest.raises(UserError, match="has a partner"):
         plan_of(SMALL + text + f"claims:\n  - {{says: it, {LEVELS}, expect: second is better}}\n")
 
 

@@ -154,7 +154,9 @@ def test_a_grid_that_is_too_large_is_refused_at_once():
     with pytest.raises(UserError, match="combinations"):
         study_of(SMALL + f"vary: {{{axes}}}")
     with pytest.raises(UserError, match="experiments"):
-        points_of(study_of(SMALL + "vary: {training.steps: {from: 1, to: 400, step: 1}}\nseeds: 99"))
+        points_of(
+            study_of(SMALL + "vary: {training.steps: {from: 1, to: 400, step: 1}}\nseeds: 99")
+        )
 
 
 @pytest.mark.parametrize("override", ["claims=3", "vary.x=3", "nothing", "only=1,2", "seed=3,4"])
