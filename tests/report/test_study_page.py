@@ -18,7 +18,8 @@ CLAIM = {
     "says": "Recomputed is better", "source": "Somebody 2021", "where": "training.batch_size 8",
     "first": "running", "second": "recomputed", "measure": "accuracy", "expect": "second is better",
     "verdict": "supported",
-    "text": "second less first: +1.00 points (95 % interval +0.50 to +1.50, 3 seeds)", "unit": "points", "difference": 0.01, "interval": [0.005, 0.015], "p": 0.01,
+    "text": "second less first: +1.00 points (95 % interval +0.50 to +1.50, 3 seeds)",
+    "unit": "points", "difference": 0.01, "interval": [0.005, 0.015], "p": 0.01,
     "seeds": [0, 1, 2], "first_values": [0.9, 0.91, None], "second_values": [0.91, 0.92, 0.93],
     "cells": 1,
 }  # fmt: skip
