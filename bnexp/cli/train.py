@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,6 +56,8 @@ def run_train(
     from bnexp.cli.tables import print_comparison
     from bnexp.experiment import run_experiment
 
+    # What draws the picture is imported while the network trains.
+    threading.Thread(target=_import_drawing).start()
     outcome = run_experiment(
         settings,
         resume=run,
@@ -75,6 +78,11 @@ def run_train(
     _draw(outcome.record)
     if outcome.unmet:
         raise ExpectationNotMet(outcome.unmet)
+
+
+def _import_drawing() -> None:
+    with contextlib.suppress(Exception):  # _draw says why
+        import bnexp.report.figures  # noqa: F401
 
 
 def _draw(run: Run) -> None:
