@@ -104,7 +104,7 @@ def paired_interval(gained: int, lost: int, n: int) -> Interval:
 
 
 def _root(function: Callable[[float], float], below: float, above: float) -> float:
-    """Where `function` turns from negative, at `below`, to positive; to the last bit, by halving."""
+    """Where `function` turns from negative, at `below`, to positive, to the last bit."""
     while (middle := (below + above) / 2) not in (below, above):
         below, above = (middle, above) if function(middle) < 0 else (below, middle)
     return middle
