@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn, overrides
 from torch.nn import parameter
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # noqa: F401
 from torch.utils import _python_dispatch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SavedTensorHooks = tuple[Callable, Callable]
 
@@ -129,3 +133,8 @@ def attention_order() -> list[int]:
 
 def set_attention_order(order: list[int]) -> None:
     torch._C._set_sdp_priority_order(order)
+
+
+def timeout_of(group: ProcessGroup) -> timedelta:
+    """After which the collectives of a process group give up."""
+    return group._get_backend(group._device_types[0]).options._timeout
