@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn, overrides
@@ -17,6 +17,7 @@ from torch.utils import _python_dispatch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 SavedTensorHooks = tuple[Callable, Callable]
 
 
@@ -62,7 +63,7 @@ def outside_of_graphs(function: Callable[[], None]) -> Callable[[], None]:
     return call
 
 
-def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+def without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
     """The optimizer `kind` as a class of its own that does not import torch's compiler, which takes
     as long as importing torch. Its `step` takes no closure and can't be differentiated or compiled.
     """
