@@ -181,6 +181,13 @@ class Audit:
 
         return as_text(self.comparison, self.findings, self.summary, self.attribution, self.halves)
 
+    def markdown(self) -> str:
+        """What `print` shows, as Markdown: for a pull request, or the summary of a pipeline."""
+        from bnexp.report.audit_table import MARKDOWN, as_text
+
+        parts = self.findings, self.summary, self.attribution, self.halves
+        return as_text(self.comparison, *parts, form=MARKDOWN)
+
     def _repr_html_(self) -> str:
         from bnexp.report.audit_page import render_part
 
