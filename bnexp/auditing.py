@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import nn
 from bnexp.analysis.comparison import Comparison, compare
 from bnexp.analysis.findings import (
     SIGNIFICANT,
-    CurvePoint,
     Facts,
     Finding,
     Gain,
@@ -28,6 +27,7 @@ from bnexp.analysis.findings import (
 )
 from bnexp.analysis.layers import LayerCost, LayerRow
 from bnexp.analysis.results import Paired
+from bnexp.analysis.sample_curve import CurvePoint
 from bnexp.analysis.scores import compare_scores, gain
 from bnexp.condition import Condition
 from bnexp.errors import UserError
@@ -77,6 +77,9 @@ EPS = {1e-5: 1e-3, 1e-3: 1e-5}
 
 RUNNING, BATCH, NONE = Condition("running"), Condition("batch"), Condition("none")
 BLENDED = Condition("blended")
+
+if TYPE_CHECKING:
+    from bnexp.report.audit_table import Form
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,16 +180,29 @@ class Audit:
         )
 
     def __str__(self) -> str:
-        from bnexp.report.audit_table import as_text
+        from bnexp.report.audit_table import PLAIN
 
-        return as_text(self.comparison, self.findings, self.summary, self.attribution, self.halves)
+        return self._in(PLAIN)
 
     def markdown(self) -> str:
         """What `print` shows, as Markdown: for a pull request, or the summary of a pipeline."""
-        from bnexp.report.audit_table import MARKDOWN, as_text
+        from bnexp.report.audit_table import MARKDOWN
 
-        parts = self.findings, self.summary, self.attribution, self.halves
-        return as_text(self.comparison, *parts, form=MARKDOWN)
+        return self._in(MARKDOWN)
+
+    def _in(self, form: Form) -> str:
+        from bnexp.report.audit_table import as_text
+
+        return as_text(
+            self.comparison,
+            self.findings,
+            self.summary,
+            self.attribution,
+            self.halves,
+            self.population_samples,
+            self.curve,
+            form,
+        )
 
     def _repr_html_(self) -> str:
         from bnexp.report.audit_page import render_part
