@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from bnexp.analysis.expectations import unmet_accuracy, unmet_cost, unmet_worst_
 from bnexp.config import Config, load_config, resolve
 from bnexp.data import load_data
 from bnexp.device import describe_device, estimate_step_bytes
-from bnexp.errors import Interrupted, RunFailed, UserError, disk_failure, is_out_of_memory
+from bnexp.errors import Diverged, Interrupted, RunFailed, UserError, disk_failure, is_out_of_memory
 from bnexp.ranks import Ranks, choose_ranks, refuse_launcher
 from bnexp.records import RUNS, Run, create_run, find_run
 from bnexp.records.environment import describe_environment
@@ -118,6 +120,8 @@ def run_experiment(
                 display = _display(training, progress)
                 go_on(run, training, changes, change, display)
             held.callback(training.processes.close)
+            data_of = json.dumps(training.data.fingerprint, sort_keys=True, default=str)
+            ranks.agree(hashlib.sha256(data_of.encode()).hexdigest(), "the data")
         return _run_to_the_end(run, training, display, handle_signals)
 
 
@@ -198,7 +202,8 @@ def _run_to_the_end(
             f"interrupted; go on from the last checkpoint with: bnexp train --resume {run.path}"
         ) from None
     except Exception as error:
-        _write_end(run, training, "failed", str(error) or type(error).__name__)
+        said = str(error) or type(error).__name__
+        _write_end(run, training, "failed", said, isinstance(error, Diverged))
         raise
 
     def write() -> str | None:
@@ -232,13 +237,16 @@ def _headline(run: Run, training: Training) -> str:
     )
 
 
-def _write_end(run: Run, training: Training, state: str, message: str) -> None:
+def _write_end(
+    run: Run, training: Training, state: str, message: str, diverged: bool = False
+) -> None:
     """`step` is that of the last checkpoint, from which a resume goes on."""
     if not training.processes.writes:
         return
     # What ended the run is said already; a full disk may be just that.
     with contextlib.suppress(OSError), ignored(SIGNALS):
-        run.write_state(state, training.state.saved_step, training.total_steps, "last", message)
+        step, total = training.state.saved_step, training.total_steps
+        run.write_state(state, step, total, "last", message, diverged)
 
 
 def _unmet_expectation(run: Run, config: Config, comparison: Comparison) -> str | None:

@@ -36,6 +36,7 @@ app = typer.Typer(
 app.command()(commands.train)
 app.command("eval")(commands.evaluate)
 app.command()(commands.audit)
+app.command()(commands.study)
 app.command()(commands.report)
 app.command()(commands.runs)
 app.command()(commands.compare)

@@ -156,6 +156,41 @@ def audit(
     run_audit(what or [], options, mend, force, as_json, runs_dir)
 
 
+def study(
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="A study file, or a shipped one's name.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=a,b,c", help="More levels, or a key of the base: key=value."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Trainings at a time; as many as fit if left out."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, or where.")
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Also try again what failed before.")
+    ] = False,
+    runs_dir: RunsDir = RUNS,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, warnings and errors alone.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, and estimate the time.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run many experiments from one file, and judge its claims; again: go on."""
+    from bnexp.cli.study import run_study_command
+
+    run_study_command(
+        path, overrides or [], jobs, ray, retry, dry_run, as_json, quiet or as_json, runs_dir
+    )
+
+
 def report(
     runs: Annotated[
         list[str] | None,

@@ -13,7 +13,7 @@ from bnexp.analysis.comparison import Comparison
 from bnexp.analysis.predictions import Predictions
 from bnexp.condition import Condition, Weights, made_by
 from bnexp.data import Split
-from bnexp.errors import NotFinite, RunFailed
+from bnexp.errors import Diverged, NotFinite
 from bnexp.evaluation.evaluate import Evaluation, Source, compare_evaluation, evaluate
 from bnexp.training.averages import with_parameters
 from bnexp.training.build import Training, autocast
@@ -90,7 +90,8 @@ class Evaluations:
     def compare(self) -> Comparison:
         """All that was evaluated last, against the running averages."""
         training, config = self._training, self._training.config
-        subject = run_subject(training.state.model, training.data, config)
+        ranks = training.processes.ranks
+        subject = run_subject(training.state.model, training.data, config, ranks=ranks)
         made = made_by(config.model_dump(mode="json"))
         with autocast(config, training.device):
             return compare_evaluation(subject, self._own | self._averaged, made)
@@ -101,7 +102,7 @@ class Evaluations:
         training, wanted = self._training, self._training.config.test.statistics
         own = weights in ("trained", "best")
         return run_sources(
-            run_subject(model, training.data, training.config),
+            run_subject(model, training.data, training.config, ranks=training.processes.ranks),
             training.state.estimates(),
             training.config,
             recompute=recompute or "recomputed" in wanted,
@@ -113,17 +114,18 @@ class Evaluations:
         self, model: nn.Module, sources: Mapping[Condition, Source], split: Split | None = None
     ) -> Evaluation:
         training, config = self._training, self._training.config
-        subject = run_subject(model, training.data, config, split)
+        ranks = training.processes.ranks
+        subject = run_subject(model, training.data, config, split, ranks)
         return evaluate(subject, sources, fold=config.performance.fold_batchnorm)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """As the training computes; RunFailed where it has diverged by then."""
+        """As the training computes; Diverged where it has by then."""
         try:
             with autocast(self._training.config, self._training.device):
                 yield
         except NotFinite as error:
-            raise RunFailed(
+            raise Diverged(
                 f"diverged: at step {self._training.state.step} with learning rate "
                 f"{self._logs.lr:.3g} the activations are no longer finite ({error}); "
                 "lower training.optimizer.lr"

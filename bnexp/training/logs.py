@@ -54,7 +54,7 @@ class Logs:
         self._steps.record(step, lr, loss, correct)
 
     def flush(self) -> None:
-        """Write the rows of all steps so far. RunFailed if a loss is not finite."""
+        """Write the rows of all steps so far. Diverged if a loss is not finite."""
         rows = self._steps.flush()
         self._tell_events(lambda events: events.steps(rows))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnexp.analysis.comparison import Comparison
-from bnexp.errors import Interrupted, RunFailed
+from bnexp.errors import Diverged, Interrupted
 from bnexp.records import Run
 from bnexp.training.build import Training, autocast, freeze_when_due
 from bnexp.training.checkpoints import BEST, load_checkpoint, restore_best, save_checkpoint
@@ -35,7 +35,7 @@ class Result:
 def train(run: Run, training: Training, display: Display, interruption: Interruption) -> Result:
     """Train to the end, logging into `run`, and compare the model's statistics there.
 
-    Goes on from `training.state`. Raises RunFailed when the loss is not finite or the accuracy
+    Goes on from `training.state`. Raises Diverged when the loss is not finite or the accuracy
     collapses, and Interrupted after a first signal, with a checkpoint written.
     """
     with Logs(run, training, display) as logs, interruption:
@@ -149,12 +149,12 @@ def check(training: Training, logs: Logs, display: Display) -> None:
 
 
 def save(run: Run, training: Training, logs: Logs, best: str | None = None) -> None:
-    """A checkpoint of this step, also by the name `best`. RunFailed if there is something in it
+    """A checkpoint of this step, also by the name `best`. Diverged if there is something in it
     that is not finite, or that not all processes have alike."""
     state, config, processes = training.state, training.config, training.processes
     state.merge()
     if not state.is_finite:
-        raise RunFailed(
+        raise Diverged(
             f"diverged: the weights or the running statistics are no longer finite at step "
             f"{state.step} with learning rate {logs.lr:.3g}; lower "
             "training.optimizer.lr"

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from bnexp.errors import RunFailed
+from bnexp.errors import Diverged
 from bnexp.records.csv_log import RowLog
 from bnexp.training.processes import ALONE, Processes
 from bnexp.training.stateful import Stateful
@@ -77,7 +77,7 @@ class StepLog:
         self._pending.append((step, lr))
 
     def flush(self) -> list[tuple]:
-        """Write the gathered rows and return them. RunFailed if a loss is not finite."""
+        """Write the gathered rows and return them. Diverged if a loss is not finite."""
         count = len(self._pending)
         if not count:
             return []
@@ -94,7 +94,7 @@ class StepLog:
         self.csv.append(rows)
         for step, _, lr, loss, *_ in rows:
             if not math.isfinite(loss):
-                raise RunFailed(
+                raise Diverged(
                     f"diverged: the loss became {loss} at step {step} with learning rate {lr:.3g}; "
                     "lower training.optimizer.lr, lengthen training.schedule.warmup_steps, or use "
                     "more precision"

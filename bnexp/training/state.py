@@ -49,7 +49,7 @@ class TrainingState:
         """Join what the ranks' mini-batches gave to the estimates, in the buffers, too. All ranks
         call it."""
         if self.tracker:
-            getattr(self.tracker, "merge", lambda: None)()
+            self.tracker.merge()
 
     @property
     def is_finite(self) -> bool:
