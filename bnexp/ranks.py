@@ -334,9 +334,9 @@ class _Line:
         import torch
         import torch.distributed as distributed
 
-        mine = torch.zeros(_MESSAGE, dtype=torch.uint8)
+        mine = torch.zeros(_MESSAGE, dtype=torch.uint8, device="cpu")
         mine.numpy()[: len(message)] = memoryview(message)
-        every = torch.empty(size, _MESSAGE, dtype=torch.uint8)
+        every = torch.empty(size, _MESSAGE, dtype=torch.uint8, device="cpu")
         try:
             _finish(distributed.all_gather(list(every), mine, group=self._group, async_op=True))
         except RuntimeError as error:
