@@ -18,7 +18,6 @@ from torch import nn
 from bnexp.analysis.comparison import Comparison, compare
 from bnexp.analysis.findings import (
     SIGNIFICANT,
-    CurvePoint,
     Facts,
     Finding,
     Gain,
@@ -29,6 +28,7 @@ from bnexp.analysis.findings import (
 )
 from bnexp.analysis.layers import LayerCost, LayerRow
 from bnexp.analysis.results import Paired
+from bnexp.analysis.sample_curve import CurvePoint
 from bnexp.analysis.scores import compare_scores, gain
 from bnexp.condition import Condition
 from bnexp.errors import UserError
@@ -183,7 +183,15 @@ class Audit:
     def __str__(self) -> str:
         from bnexp.report.audit_table import as_text
 
-        return as_text(self.comparison, self.findings, self.summary, self.attribution, self.halves)
+        return as_text(
+            self.comparison,
+            self.findings,
+            self.summary,
+            self.attribution,
+            self.halves,
+            self.population_samples,
+            self.curve,
+        )
 
     def _repr_html_(self) -> str:
         from bnexp.report.audit_page import render_part

@@ -150,20 +150,6 @@ class Halves:
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """The score with statistics of `samples` samples of the population, and its gain over that
-    with all of them. part: "nested", each within the next larger one, up to a half; "other half";
-    or "all". changed: test samples that fare otherwise than with all."""
-
-    samples: int
-    part: str
-    score: float
-    gain: Gain
-    changed: int
-    test_samples: int
-
-
-@dataclass(frozen=True)
 class Facts:
     """All that the findings look at. `recomputed`, `batch`: the gain over running averages, and
     `batch_over_recomputed` likewise. `other_eps`: the gain with another eps in all layers.

@@ -69,6 +69,7 @@ def run_audit(
         device=device,
         progress=not as_json,
         prior=config.prior,
+        curve=config.curve,
         score_name=config.score_name,
         not_in_file=found.missing_buffers if found else (),
         same_averages_as=same_averages_as(checkpoint, found, model)
