@@ -134,6 +134,7 @@ def scores_under(
                         else:
                             parts[name].append(task.rows(model, batch))
             before = batch if missing <= 0 else before
+            ranks.heed()
         alike.check()
         every = ranks.gather(parts, "the scores")
     return {name: _scores(_in_order([p[name] for p in every]), task) for name in settings}
