@@ -91,7 +91,8 @@ class TorchRanks:
     device memory. Waiting ends when the others come, when one of them says that it failed, when the
     connection to one breaks, or by the timeout.
 
-    rank: of this process in the group. size: how many they are.
+    rank: of this process in the group. size: how many they are. members: their ranks among all
+    processes. timeout: of the group.
 
     Raises UserError if there is no process group, or if this process is not in it.
     """
@@ -104,10 +105,15 @@ class TorchRanks:
             )
         import torch.distributed as distributed
 
+        from bnexp.torch_internals import timeout_of
+
         self.rank = distributed.get_rank(group)
         if self.rank < 0:
             raise UserError("this process is not in the process group that TorchRanks was given")
         self.size = distributed.get_world_size(group)
+        of: Any = group or distributed.group.WORLD
+        self.timeout = timeout_of(of)
+        self.members = distributed.get_process_group_ranks(of)
         self._line = _Line.of(group)
         self._heeded = 0.0
         self._inside = False
@@ -211,11 +217,16 @@ class TorchRanks:
                 self._end(RunFailed(f"at {where!r}: {lost}" if where else str(lost)))
             heads = [_HEADER.unpack_from(message) for message in messages]
             start = _HEADER.size + _PLACE
-            for rank, (has_failed, *_, length) in enumerate(heads):
-                if has_failed:
-                    self._line.failures += 1
-                    kind, text = pickle.loads(messages[rank][start : start + length])
-                    self._end(_KINDS[kind](f"rank {rank}: {text}"))
+            failures = {
+                rank: pickle.loads(messages[rank][start : start + length])
+                for rank, (has_failed, *_, length) in enumerate(heads)
+                if has_failed
+            }
+            if failures:
+                self._line.failures += 1
+                first, (kind, text) = next(iter(failures.items()))
+                alike = len(failures) == self.size and len(set(failures.values())) == 1
+                self._end(_KINDS[kind](text if alike else f"rank {first}: {text}"))
             places = [
                 (message[_HEADER.size : _HEADER.size + head[1]].decode(errors="replace"), head[2])
                 for message, head in zip(messages, heads, strict=True)

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bnexp.auditing", "pytest"])
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed", "torchvision", "bnexp.auditing", "hypothesis", "pytest"]
+)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Train in N processes together.")
+    ] = None,
     changed_data: ChangedData = False,
     runs_dir: RunsDir = RUNS,
     quiet: Annotated[
@@ -53,6 +56,7 @@ def train(
         resume,
         changed_data,
         runs=runs_dir,
+        processes=processes,
         quiet=quiet,
         dry_run=dry_run,
         as_json=as_json,
@@ -150,6 +154,41 @@ def audit(
         "name": name,
     }
     run_audit(what or [], options, mend, force, as_json, runs_dir)
+
+
+def study(
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="A study file, or a shipped one's name.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=a,b,c", help="More levels, or a key of the base: key=value."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Trainings at a time; as many as fit if left out."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, or where.")
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Also try again what failed before.")
+    ] = False,
+    runs_dir: RunsDir = RUNS,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, warnings and errors alone.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, and estimate the time.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run many experiments from one file, and judge its claims; again: go on."""
+    from bnexp.cli.study import run_study_command
+
+    run_study_command(
+        path, overrides or [], jobs, ray, retry, dry_run, as_json, quiet or as_json, runs_dir
+    )
 
 
 def report(

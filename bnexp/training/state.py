@@ -45,6 +45,12 @@ class TrainingState:
         """The online estimates, the running statistics first."""
         return self.tracker.statistics() if self.tracker else {}
 
+    def merge(self) -> None:
+        """Join what the ranks' mini-batches gave to the estimates, in the buffers, too. All ranks
+        call it."""
+        if self.tracker:
+            self.tracker.merge()
+
     @property
     def is_finite(self) -> bool:
         """Of every parameter and running statistic. Waits for the device once."""
