@@ -45,6 +45,7 @@ app.command()(commands.config)
 app.command()(commands.export)
 app.command()(commands.init)
 app.command()(commands.models)
+app.command()(commands.data)
 
 
 @app.callback(invoke_without_command=True)
