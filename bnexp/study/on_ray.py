@@ -261,11 +261,16 @@ def _train(
         sender = threading.Thread(
             target=_send_checkpoints, args=(job.key, folder, mailbox, ended), daemon=True
         )
-        sender.start()
+        # Ray's workers ignore Ctrl-C, and what is ignored stays so in a training.
+        former = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            sender.start()
             found = run_job(dataclasses.replace(job, config=config.to_yaml(), folder=folder))
+        except KeyboardInterrupt:
+            found = Ended("interrupted")
         finally:
             ended.set()
+            signal.signal(signal.SIGINT, former)
             sender.join(ANSWER_SECONDS)
         if not is_run(folder):
             return found, None
