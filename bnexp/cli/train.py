@@ -85,11 +85,13 @@ def run_train(
             changed_data=changed_data,
             ranks=ranks,
         )
-    if ranks.rank == 0:
-        _show(outcome, as_json)
-        _draw(outcome.record)
-    if outcome.unmet:
-        raise ExpectationNotMet(outcome.unmet)
+        if ranks.rank == 0:
+            _show(outcome, as_json)
+            _draw(outcome.record)
+        # The agent asks the others to end as soon as one does so with another code than 0.
+        ranks.gather(None, "the end")
+        if outcome.unmet:
+            raise ExpectationNotMet(outcome.unmet)
 
 
 def _show(outcome: Outcome, as_json: bool) -> None:
