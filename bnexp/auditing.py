@@ -16,16 +16,25 @@ import torch
 from torch import nn
 
 from bnexp.analysis.comparison import Comparison, compare
-from bnexp.analysis.findings import Facts, Finding, Gain, Halves, find, in_words
+from bnexp.analysis.findings import (
+    SIGNIFICANT,
+    CurvePoint,
+    Facts,
+    Finding,
+    Gain,
+    Halves,
+    find,
+    in_words,
+)
 from bnexp.analysis.layers import LayerCost, LayerRow
 from bnexp.analysis.results import Paired
 from bnexp.analysis.scores import compare_scores, gain
 from bnexp.condition import Condition
 from bnexp.errors import UserError
 from bnexp.evaluation.attribution import Attribution, attribute
+from bnexp.evaluation.enough import Enough
 from bnexp.evaluation.layer_facts import Modes, layer_facts
 from bnexp.evaluation.scoring import (
-    EveryOther,
     FirstSamples,
     Forward,
     Score,
@@ -34,8 +43,8 @@ from bnexp.evaluation.scoring import (
     Task,
     other_eps,
     scores_under,
-    size_of,
 )
+from bnexp.evaluation.subsets import Batches
 from bnexp.nn.find import batchnorm_layers, layer_eps, original_module
 from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics import (
@@ -51,12 +60,18 @@ from bnexp.statistics.forward import device_of
 from bnexp.statistics.progress import Progress
 from bnexp.statistics.recompute import Method
 
-# Test samples for what is looked at besides the conditions: attribution, single layers, halves.
+# What is looked at besides the conditions is to cost about a fifth of these, so that some of the
+# samples must do, evenly spread: of the test set for the attribution and for a curve,
 LOOK_SAMPLES = 1000
-# Population samples for how far samples differ.
-SPREAD_SAMPLES = 256
+# for single layers, another eps and two parts of the population, and of the population for each
+# part: so many, or this share of them all,
+CLOSER_SAMPLES, CLOSER_SHARE = 256, 1 / 16
+# and of the population for how far samples differ.
+SPREAD_SAMPLES = 128
 # Layers whose statistics are exchanged for real.
-EXCHANGED = 5
+EXCHANGED = 3
+# Another eps is tried on more samples if its gain on a few has such a p-value.
+WORTH_TRYING = 0.2
 # The eps of PyTorch and of Keras: layers with one are tried with the other.
 EPS = {1e-5: 1e-3, 1e-3: 1e-5}
 
@@ -74,8 +89,9 @@ class Audit:
     summary: what the findings come to, in a sentence.
     attribution: which layers and channels a difference of losses hangs on; None where no loss can
         be differentiated.
-    halves: how far statistics from two halves of the population are apart; None for less than
-        two batches.
+    halves: how far statistics from two disjoint parts of the population are apart; None for less
+        than two batches.
+    curve: the score by the number of samples recomputed from, if that was asked for.
     population_samples: samples that statistics were recomputed from.
     """
 
@@ -87,6 +103,7 @@ class Audit:
     halves: Halves | None = None
     population_samples: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    curve: tuple[CurvePoint, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -111,6 +128,7 @@ class Audit:
                 },
             },
             "halves": None if self.halves is None else asdict(self.halves),
+            "curve": [asdict(point) for point in self.curve],
             "seconds": self.seconds,
         }
 
@@ -163,6 +181,13 @@ class Audit:
 
         return as_text(self.comparison, self.findings, self.summary, self.attribution, self.halves)
 
+    def markdown(self) -> str:
+        """What `print` shows, as Markdown: for a pull request, or the summary of a pipeline."""
+        from bnexp.report.audit_table import MARKDOWN, as_text
+
+        parts = self.findings, self.summary, self.attribution, self.halves
+        return as_text(self.comparison, *parts, form=MARKDOWN)
+
     def _repr_html_(self) -> str:
         from bnexp.report.audit_page import render_part
 
@@ -185,6 +210,7 @@ def audit(
     ranks: Ranks | None = None,
     progress: Progress = False,
     prior: float | None = None,
+    curve: bool = False,
     score_name: str | None = None,
     not_in_file: Sequence[str] = (),
     same_averages_as: str | None = None,
@@ -216,6 +242,9 @@ def audit(
         prior: also blend the recomputed statistics with the running averages, as if these were
             those of so many further samples (`blend`): for populations of another domain. 0 is
             AdaBN. Mending then writes the blended ones.
+        curve: also score with statistics of less and less of the population, down to one batch, on
+            about 1,000 test samples. Recomputing them takes one and a half times what recomputing
+            from all does.
         score_name: what the score is called in sentences.
         not_in_file: BN layers whose averages the model's checkpoint lacked.
         same_averages_as: other weights in the checkpoint that have these very averages.
@@ -236,22 +265,25 @@ def audit(
         raise UserError(f"method {unknown[0]!r} is unknown: choose {', '.join(METHODS)}")
     task = Task(torch.device(device) if device is not None else device_of(model), forward, score)
     words = score_name or ("accuracy" if score is None else "score")
-    judge = _Judge(model, population, test, task, words, classes, samples, ranks)
-    if not batchnorm_layers(model):
-        return judge.without_batchnorm()
     with torch.random.fork_rng([]):  # a DataLoader draws from it whenever it is gone through
-        return judge.judged(methods, batch, memory, progress, prior, not_in_file, same_averages_as)
+        judge = _Judge(
+            model, Batches(population), Batches(test), task, words, classes, samples, memory, ranks
+        )
+        if not batchnorm_layers(model):
+            return judge.without_batchnorm()
+        return judge.judged(methods, batch, progress, prior, curve, not_in_file, same_averages_as)
 
 
 @dataclass
 class _Judge:
     model: nn.Module
-    population: Iterable
-    test: Iterable
+    population: Batches
+    test: Batches
     task: Task
     score_name: str
     classes: Sequence[str] | None
     samples: int | None
+    memory: int | float | str | None
     ranks: Ranks
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -265,21 +297,20 @@ class _Judge:
         self,
         methods: Sequence[Method],
         batch: bool,
-        memory: int | float | str | None,
         progress: Progress,
         prior: float | None,
+        curve: bool,
         not_in_file: Sequence[str],
         same_averages_as: str | None,
     ) -> Audit:
         model, modes = self.model, Modes.of(self.model)
         running = running_statistics(model)
-        recompute = partial(self._recompute, memory=memory, progress=progress)
         counted = FirstSamples(self.population, self.samples)
         recomputed: dict[Condition, Statistics] = {}
         for method in methods:
             condition = Condition("recomputed", method=method if len(methods) > 1 else None)
             with self._timed(str(condition)):
-                recomputed[condition] = recompute(counted, method)
+                recomputed[condition] = self._recompute(counted, method, progress)
         first = next(iter(recomputed))
         reference = recomputed[first]
         if prior is not None:
@@ -291,52 +322,72 @@ class _Judge:
         with self._timed("conditions"):
             scores = scores_under(model, self.test, settings, self.task)
         with self._timed("layers"):
+            some = self.population.spread(SPREAD_SAMPLES, counted.batches_seen)
             facts = layer_facts(
                 model,
                 running,
                 reference,
-                FirstSamples(self.population, SPREAD_SAMPLES),
+                self.population.only(some),
                 self.task,
                 modes=modes,
                 not_in_file=not_in_file,
             )
-        made = {"running": _decay(model), "recomputed": methods[0], "batch": self._batches_of()}
+        made = {
+            "running": _decay(model),
+            "recomputed": methods[0],
+            "batch": f"mini-batches of {self.test.sizes[0]}",
+        }
         if prior is not None:
             made["blended"] = f"running averages as {prior:g} of {prior + counted.seen:g} samples"
         comparison = self._compare(scores, RUNNING, made, {})
         main = _gain_of(comparison, first)
-        with self._timed("halves"):
-            halves = {}
+        look = self.test.spread(LOOK_SAMPLES)
+        closer = self.test.spread(max(CLOSER_SAMPLES, int(CLOSER_SHARE * self.test.samples)))
+        with self._timed("samples"):
+            halves: Halves | None = None
+            points: tuple[CurvePoint, ...] = ()
             if counted.batches_seen > 1:
-                for start, name in enumerate(("first half", "second half")):
-                    half = EveryOther(counted, start)
-                    halves[name] = self._recompute(half, methods[0], memory, False)
-        costs = main.p < 0.05
+                enough = Enough(
+                    model,
+                    self.population,
+                    counted.batches_seen,
+                    lambda batches: self._recompute(batches, methods[0], False),
+                    self.test,
+                    self.task,
+                )
+                if curve:
+                    halves, points = enough.curve(self._of(scores[first], look), look)
+                else:
+                    halves = enough.halves(
+                        max(CLOSER_SAMPLES, int(CLOSER_SHARE * counted.seen)), closer
+                    )
         attribution = None
-        if costs:
+        names: list[str] = []
+        if main.p < SIGNIFICANT:
             with self._timed("attribution"):
-                attribution = attribute(model, self._look_at, self.task.loss, running, reference)
-        names = _worst(attribution, running, reference) if costs else []
-        with self._timed("looking closer"):
-            trials = self._try(running, reference, halves, names)
-        rows = self._rows(running, recomputed, first, names, trials)
+                attribution = attribute(
+                    model, lambda: self.test.only(look), self.task.loss, running, reference
+                )
+            names = self._worst(attribution, running, reference)
+        with self._timed("exchanging layers"):
+            base = {c: self._of(scores[c], closer) for c in (RUNNING, first)}
+            costs = self._exchanged(running, reference, names, base[RUNNING], base[first], closer)
+        with self._timed("eps"):
+            eps = self._other_eps(scores[RUNNING], closer, look)
+        rows = self._rows(running, recomputed, first, costs)
         comparison = replace(comparison, layers=rows)
-        found_halves = self._halves(halves, trials, counted.seen)
-        eps = next(iter(facts)).eps
         found = Facts(
             layers=facts,
-            batch_size=size_of(next(iter(self.population))),
+            batch_size=self.population.sizes[0],
             population_samples=counted.seen,
             recomputed=main,
             batch=_gain_of(comparison, BATCH) if batch else None,
             batch_over_recomputed=gain(scores[first].values, scores[BATCH].values)
             if batch
             else None,
-            other_eps=(EPS[eps], gain(trials["running"].values, trials["eps"].values))
-            if "eps" in trials
-            else None,
+            other_eps=eps,
             same_averages_as=same_averages_as,
-            halves=found_halves,
+            halves=halves,
             points=self.task.score is None,
         )
         findings = find(found)
@@ -346,37 +397,33 @@ class _Judge:
             {"running": running, **{str(c): s for c, s in recomputed.items()}},
             in_words(found, findings),
             attribution,
-            found_halves,
+            halves,
             counted.seen,
             self.seconds,
+            points,
         )
 
     def _timed(self, name: str) -> AbstractContextManager:
         return _Timer(self.seconds, name)
 
-    def _recompute(
-        self,
-        batches: Iterable,
-        method: Method,
-        memory: int | float | str | None,
-        progress: Progress,
-    ) -> Statistics:
+    def _recompute(self, batches: Iterable, method: Method, progress: Progress) -> Statistics:
         return recompute_statistics(
             self.model,
             batches,
             method=method,
             device=self.task.device,
-            memory=memory,
+            memory=self.memory,
             progress=progress,
             forward=lambda model, batch: self.task.output(model, batch),
             ranks=self.ranks,
         )
 
-    def _look_at(self) -> Iterable:
-        return FirstSamples(self.test, LOOK_SAMPLES)
+    def _of(self, scores: Scores, numbers: Sequence[int]) -> Scores:
+        """The scores of the samples in these batches of the test set."""
+        return scores.at(self.test.places(numbers))
 
-    def _batches_of(self) -> str:
-        return f"mini-batches of {size_of(next(iter(self.test)))}"
+    def _scores(self, settings: Mapping[str, Setting], numbers: Sequence[int]) -> dict[str, Scores]:
+        return scores_under(self.model, self.test.only(numbers), settings, self.task)
 
     def _compare(
         self,
@@ -401,34 +448,64 @@ class _Judge:
                             f"{len(classes)} names of classes")  # fmt: skip
         return compare(predictions, baseline, classes, made=made, layers=layers)
 
-    def _try(
+    def _worst(
+        self, attribution: Attribution | None, running: Statistics, reference: Statistics
+    ) -> list[str]:
+        """The layers to exchange for real: those with the largest shares of the loss, if known,
+        else those furthest off."""
+        if attribution is not None:
+            return [layer.name for layer in attribution.worst(EXCHANGED)]
+        held = _finite(running)
+        broken = [n for n in running.names if n in reference.mean and n not in held.mean]
+        apart = layer_drift(held, reference, layer_eps(self.model)) if held.mean else []
+        return [*broken, *(layer.name for layer in apart)][:EXCHANGED]
+
+    def _exchanged(
         self,
         running: Statistics,
         reference: Statistics,
-        halves: Mapping[str, Statistics],
         names: Sequence[str],
-    ) -> dict[str, Scores]:
-        """Scores on some test samples of what is no condition of the comparison."""
-        settings: dict[str, Setting] = {name: s.applied_to for name, s in halves.items()}
-        eps = set(layer_eps(self.model).values())
-        if len(eps) == 1 and (own := eps.pop()) in EPS:
-            settings["eps"] = partial(other_eps, eps=EPS[own])
-        if names:
-            settings["recomputed"] = reference.applied_to
+        under_running: Scores,
+        under_reference: Scores,
+        numbers: Sequence[int],
+    ) -> dict[str, tuple[LayerCost, LayerCost]]:
+        """What exchanging one layer alone does: mended, and spoiled."""
+        settings: dict[str, Setting] = {}
         for name in names:
-            settings[f"mended {name}"] = _exchanged(running, reference, name).applied_to
-            settings[f"spoiled {name}"] = _exchanged(reference, running, name).applied_to
-        if settings:
-            settings["running"] = running.applied_to
-        return scores_under(self.model, self._look_at(), settings, self.task) if settings else {}
+            settings[f"mended {name}"] = _with_one(running, reference, name).applied_to
+            settings[f"spoiled {name}"] = _with_one(reference, running, name).applied_to
+        if not settings:
+            return {}
+        found = self._scores(settings, numbers)
+        return {
+            name: (
+                _cost(under_running, found[f"mended {name}"]),
+                _cost(under_reference, found[f"spoiled {name}"]),
+            )
+            for name in names
+        }
+
+    def _other_eps(
+        self, running: Scores, few: Sequence[int], more: Sequence[int]
+    ) -> tuple[float, Gain] | None:
+        """Another framework's eps in all layers, and what it gains: on more samples if the few
+        speak for it."""
+        own = set(layer_eps(self.model).values())
+        if len(own) != 1 or (now := own.pop()) not in EPS:
+            return None
+        for numbers in (few, more):
+            found = self._scores({"eps": partial(other_eps, eps=EPS[now])}, numbers)["eps"]
+            gained = gain(self._of(running, numbers).values, found.values)
+            if gained.difference <= 0 or gained.p >= WORTH_TRYING:
+                break
+        return EPS[now], gained
 
     def _rows(
         self,
         running: Statistics,
         recomputed: Mapping[Condition, Statistics],
         first: Condition,
-        names: Sequence[str],
-        trials: Mapping[str, Scores],
+        costs: Mapping[str, tuple[LayerCost, LayerCost]],
     ) -> dict[Condition, list[LayerRow]]:
         eps = layer_eps(self.model)
         held = _finite(running)
@@ -439,35 +516,12 @@ class _Judge:
             for condition, statistics in recomputed.items()
         }
         rows[first] = [
-            replace(
-                row,
-                mended=_cost(trials["running"], trials[f"mended {row.name}"]),
-                spoiled=_cost(trials["recomputed"], trials[f"spoiled {row.name}"]),
-            )
-            if row.name in names
+            replace(row, mended=costs[row.name][0], spoiled=costs[row.name][1])
+            if row.name in costs
             else row
             for row in rows[first]
         ]
         return rows
-
-    def _halves(
-        self, halves: Mapping[str, Statistics], trials: Mapping[str, Scores], samples: int
-    ) -> Halves | None:
-        if not halves:
-            return None
-        first, second = (trials[name] for name in halves)
-        eps = layer_eps(self.model)
-        one, other = halves.values()
-        worst = layer_drift(one, other, eps)[0]
-        return Halves(
-            samples=samples // 2,
-            scores=(float(first.values.mean()), float(second.values.mean())),
-            gain=gain(first.values, second.values),
-            changed=_changed(first, second),
-            test_samples=len(first),
-            worst_layer=worst.name,
-            worst_distance=worst.drift,
-        )
 
 
 class _Timer:
@@ -487,17 +541,7 @@ def _gain_of(comparison: Comparison, condition: Condition) -> Gain:
     return Gain(pair.difference, *pair.difference_interval, pair.p_holm)
 
 
-def _worst(
-    attribution: Attribution | None, running: Statistics, reference: Statistics
-) -> list[str]:
-    """The layers to exchange for real: those with the largest shares of the loss, if known."""
-    if attribution is not None:
-        return [layer.name for layer in attribution.worst(EXCHANGED)]
-    names = [name for name in running.names if name in reference.mean]
-    return names[:EXCHANGED]
-
-
-def _exchanged(most: Statistics, one: Statistics, name: str) -> Statistics:
+def _with_one(most: Statistics, one: Statistics, name: str) -> Statistics:
     """`most`, but for one layer."""
     return replace(
         most, mean={**most.mean, name: one.mean[name]}, var={**most.var, name: one.var[name]}
@@ -513,16 +557,10 @@ def _cost(reference: Scores, exchanged: Scores) -> LayerCost:
     return LayerCost(
         found.difference,
         (found.low, found.high),
-        _changed(reference, exchanged),
+        reference.changed(exchanged),
         loss,
         len(reference),
     )
-
-
-def _changed(first: Scores, second: Scores) -> int:
-    if first.predictions is not None and second.predictions is not None:
-        return int((first.predictions.predicted != second.predictions.predicted).sum())
-    return int((first.values != second.values).sum())
 
 
 def _decay(model: nn.Module) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +120,8 @@ def run_experiment(
                 display = _display(training, progress)
                 go_on(run, training, changes, change, display)
             held.callback(training.processes.close)
+            data_of = json.dumps(training.data.fingerprint, sort_keys=True, default=str)
+            ranks.agree(hashlib.sha256(data_of.encode()).hexdigest(), "the data")
         return _run_to_the_end(run, training, display, handle_signals)
 
 

@@ -136,9 +136,9 @@ class Distance:
 
 @dataclass(frozen=True)
 class Halves:
-    """Statistics from two disjoint halves of the population: samples in each, the score under
-    each, how the second compares with the first, and the layer furthest apart (`size` as in
-    `Distance`)."""
+    """Statistics from two disjoint parts of the population, halves where it is small: samples in
+    each, the score under each, how the second compares with the first, and the layer furthest
+    apart (`size` as in `Distance`)."""
 
     samples: int
     scores: tuple[float, float]
@@ -147,6 +147,20 @@ class Halves:
     test_samples: int
     worst_layer: str
     worst_distance: float
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The score with statistics of `samples` samples of the population, and its gain over that
+    with all of them. part: "nested", each within the next larger one, up to a half; "other half";
+    or "all". changed: test samples that fare otherwise than with all."""
+
+    samples: int
+    part: str
+    score: float
+    gain: Gain
+    changed: int
+    test_samples: int
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def start_processes(count: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()  # what ended the run is said by the processes
     with tempfile.TemporaryDirectory(prefix="bnexp-") as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -63,10 +63,11 @@ def start_processes(count: int) -> NoReturn:
             elastic_launch(config, sys.executable)("-m", "bnexp", *sys.argv[1:])
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            for rank, code in codes.items():
-                if code < 0:
-                    print(f"bnexp: process {rank} was {_killed(-code)}", file=sys.stderr)
-            sys.exit(next((code for code in codes.values() if code in _ENDS), 1))
+            killed = {rank: -code for rank, code in codes.items() if code < 0}
+            for rank, number in killed.items():
+                print(f"bnexp: process {rank} was {_killed(number)}", file=sys.stderr)
+            told = [code for code in codes.values() if code in _ENDS]
+            sys.exit(1 if killed or not told else told[0])
         except SignalException:
             sys.exit(Interrupted.exit_code)
     sys.exit(0)

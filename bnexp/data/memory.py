@@ -54,12 +54,16 @@ class InMemorySplit:
                 yield self._gather(part)
 
     def batches(
-        self, batch_size: int, samples: int | None = None, augment: bool = False
+        self,
+        batch_size: int,
+        samples: int | None = None,
+        augment: bool = False,
+        share: sampling.Share = sampling.EVERYTHING,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         whole = sampling.inference_pass(
             len(self), samples, self._augmentation if augment else None, self._seed
         )
-        for part in whole.to(self._device).batches(batch_size):
+        for part in whole.shared(batch_size, share).to(self._device).batches(batch_size):
             yield self._gather(part)
 
     def _gather(self, part: sampling.Pass) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,14 @@ class Pass:
     def __len__(self) -> int:
         return len(self.order)
 
+    def shared(self, batch_size: int, share: Share) -> Pass:
+        """The batches that one of several processes takes: consecutive ones, as they are in the
+        whole pass. A last, short one comes with the one before it."""
+        whole = max(1, len(self) // batch_size)
+        batches = Share(share.rank, share.size).of(whole)
+        end = len(self) if batches.stop == whole else batches.stop * batch_size
+        return self[min(batches.start * batch_size, end) : end]
+
     def to(self, device: torch.device) -> Pass:
         return Pass(
             upload(self.order, device),

@@ -64,13 +64,18 @@ class Split(Protocol):
         """
 
     def batches(
-        self, batch_size: int, samples: int | None = None, augment: bool = False
+        self,
+        batch_size: int,
+        samples: int | None = None,
+        augment: bool = False,
+        share: Share = EVERYTHING,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, or the first `samples` of a fixed seeded shuffle of them.
 
         The last batch may be short; more samples than there are mean all of them. `augment`
         applies training augmentation, fixed by the seed and the position in the pass. Every call
-        with the same arguments yields the same batches.
+        with the same arguments yields the same batches. `share` takes consecutive ones of them, a
+        last, short one with the one before it.
         """
 
 

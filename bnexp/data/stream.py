@@ -91,12 +91,16 @@ class StreamedSplit:
         return self._load(part for whole in passes for part in whole.batches(batch_size, share))
 
     def batches(
-        self, batch_size: int, samples: int | None = None, augment: bool = False
+        self,
+        batch_size: int,
+        samples: int | None = None,
+        augment: bool = False,
+        share: sampling.Share = sampling.EVERYTHING,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         whole = sampling.inference_pass(
             len(self), samples, self._augmentation if augment else None, self._seed
         )
-        return self._load(whole.batches(batch_size))
+        return self._load(whole.shared(batch_size, share).batches(batch_size))
 
     def _load(self, parts: Iterable[sampling.Pass]) -> Iterator[tuple[Tensor, Tensor]]:
         for part, pixels in ahead(parts, self._decode, self._files.workers):

@@ -112,9 +112,9 @@ class StatisticsTracker:
         self.estimators = dict(estimators)
         asked = {name: repr(rule) for name, rule in estimators.items()}
         self._ranks.agree(asked, "the estimators of a StatisticsTracker")
-        linear = all(rule.bank().linear for rule in estimators.values())
-        self._merges = self._ranks.size > 1 and linear
-        self._gathers = self._ranks.size > 1 and not linear
+        several = self._ranks.size > 1
+        self._merges = several and all(rule.bank().linear for rule in estimators.values())
+        self._gathers = several and not self._merges
         self._layers, self._converted = _tracked_layers(model)
         # Of each layer on this rank: mini-batches, and the sub-batches in them.
         self._fed, self._parts = [0] * len(self._layers), [0] * len(self._layers)

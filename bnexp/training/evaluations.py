@@ -90,7 +90,8 @@ class Evaluations:
     def compare(self) -> Comparison:
         """All that was evaluated last, against the running averages."""
         training, config = self._training, self._training.config
-        subject = run_subject(training.state.model, training.data, config)
+        ranks = training.processes.ranks
+        subject = run_subject(training.state.model, training.data, config, ranks=ranks)
         made = made_by(config.model_dump(mode="json"))
         with autocast(config, training.device):
             return compare_evaluation(subject, self._own | self._averaged, made)
@@ -101,7 +102,7 @@ class Evaluations:
         training, wanted = self._training, self._training.config.test.statistics
         own = weights in ("trained", "best")
         return run_sources(
-            run_subject(model, training.data, training.config),
+            run_subject(model, training.data, training.config, ranks=training.processes.ranks),
             training.state.estimates(),
             training.config,
             recompute=recompute or "recomputed" in wanted,
@@ -113,7 +114,8 @@ class Evaluations:
         self, model: nn.Module, sources: Mapping[Condition, Source], split: Split | None = None
     ) -> Evaluation:
         training, config = self._training, self._training.config
-        subject = run_subject(model, training.data, config, split)
+        ranks = training.processes.ranks
+        subject = run_subject(model, training.data, config, split, ranks)
         return evaluate(subject, sources, fold=config.performance.fold_batchnorm)
 
     @contextlib.contextmanager
