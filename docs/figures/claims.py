@@ -96,7 +96,8 @@ def difference(claim: dict[str, Any]) -> str:
 
 
 def signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
 
 
 def p_value(p: float | None) -> str:
@@ -182,7 +183,7 @@ def draw(found: dict[str, Any]) -> None:
         axes.set_xlabel(
             "second less first, points of accuracy (linear from −1 to 1, then by decades)"
         )
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.06), ncols=3, fontsize=8)
+        figure.legend(loc="outside upper center", ncols=3, fontsize=8)
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=110)
     image = Image.open(content).convert("RGB").quantize(64)
