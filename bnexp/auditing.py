@@ -181,7 +181,14 @@ class Audit:
         )
 
     def __str__(self) -> str:
-        from bnexp.report.audit_table import as_text
+        return self._text(markdown=False)
+
+    def markdown(self) -> str:
+        """What `print` shows, as Markdown: for a pull request, or the summary of a pipeline."""
+        return self._text(markdown=True)
+
+    def _text(self, markdown: bool) -> str:
+        from bnexp.report.audit_table import MARKDOWN, PLAIN, as_text
 
         return as_text(
             self.comparison,
@@ -191,6 +198,7 @@ class Audit:
             self.halves,
             self.population_samples,
             self.curve,
+            MARKDOWN if markdown else PLAIN,
         )
 
     def _repr_html_(self) -> str:
