@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -81,6 +81,9 @@ T = TypeVar("T")
 
 RUNNING, BATCH, NONE = Condition("running"), Condition("batch"), Condition("none")
 BLENDED = Condition("blended")
+
+if TYPE_CHECKING:
+    from bnexp.report.audit_table import Form
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,14 +184,18 @@ class Audit:
         )
 
     def __str__(self) -> str:
-        return self._text(markdown=False)
+        from bnexp.report.audit_table import PLAIN
+
+        return self._in(PLAIN)
 
     def markdown(self) -> str:
         """What `print` shows, as Markdown: for a pull request, or the summary of a pipeline."""
-        return self._text(markdown=True)
+        from bnexp.report.audit_table import MARKDOWN
 
-    def _text(self, markdown: bool) -> str:
-        from bnexp.report.audit_table import MARKDOWN, PLAIN, as_text
+        return self._in(MARKDOWN)
+
+    def _in(self, form: Form) -> str:
+        from bnexp.report.audit_table import as_text
 
         return as_text(
             self.comparison,
@@ -198,7 +205,7 @@ class Audit:
             self.halves,
             self.population_samples,
             self.curve,
-            MARKDOWN if markdown else PLAIN,
+            form,
         )
 
     def _repr_html_(self) -> str:

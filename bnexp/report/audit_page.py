@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from jinja2 import Template
@@ -46,6 +46,7 @@ class _Findings:
     attribution: _Attribution | None
     halves: Halves | None
     seconds: dict[str, float]
+    curve: list[CurvePoint] = field(default_factory=list)
 
 
 def render_record(record: AuditRecord) -> str:

@@ -35,11 +35,10 @@ def as_text(
     attribution: Attribution | None,
     halves: Halves | None,
     population_samples: int,
-    curve: Sequence[CurvePoint] = (),
-    form: Form | None = None,
+    curve: Sequence[CurvePoint],
+    form: Form,
 ) -> str:
-    """Everything an audit found; in plain text unless `form` is another one."""
-    form = form or PLAIN
+    """Everything an audit found."""
     parts = [
         form.paragraph(summary),
         form.paragraph(comparison.verdict.text),
@@ -49,8 +48,11 @@ def as_text(
     if attribution is not None:
         parts += _attribution(comparison, attribution, form)
     if halves is not None:
-        how_many = in_two_parts(comparison, halves, population_samples)
-        parts.append(form.paragraph(f"How many samples? {how_many}"))
+        parts.append(
+            form.paragraph(
+                "How many samples? " + in_two_parts(comparison, halves, population_samples)
+            )
+        )
     if curve:
         parts += _curve(comparison, curve, form)
     return "\n\n".join(parts)
@@ -163,8 +165,8 @@ def _curve(comparison: Comparison, curve: Sequence[CurvePoint], form: Form) -> l
     ]
     score = "accuracy %" if comparison.score == "accuracy" else comparison.score
     head = ["samples", score, "less all", "95 % interval", "changed"]
-    table = form.table(head, [[*row, *[""] * (len(head) - len(row))] for row in rows])
-    return [form.paragraph(enough(curve)), table]
+    filled = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    return [form.paragraph(enough(curve)), form.table(head, filled)]
 
 
 def _signed(value: float) -> str:
