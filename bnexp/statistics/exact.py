@@ -39,8 +39,10 @@ from bnexp.statistics.moments import Moments, moments
 from bnexp.statistics.spill import OffloadMode, OffloadStore, PassMemory, free_memory
 
 _log = logging.getLogger("bnexp.statistics")
-# Which batches are run again, by how many there are; the second of more.
+# Which batches are run again, by how many there are; of more, `_Sweep` chooses one.
 _CHECKED: dict[int, tuple[int, ...]] = {1: (), 2: (0, 1), 3: (0, 1)}
+# Of batches that the caller doesn't hold, so many of the first are kept for that.
+_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -334,9 +336,10 @@ class _Sweep:
     Passes hand things on by attributes, hooks or globals, which other passes overwrite while they
     wait; or they set something that all share and put it back later. In modules this is seen when
     the batches meet, and so are blocks that may put something back. What is left is seen by
-    running the second batch again, alone: it must see what it saw among the others. Where any
-    batch doesn't, it doesn't: of what is set and put back the first sees the right thing, of what
-    is handed on the last, and of a stack of three the second, so up to three the first runs, too.
+    running a batch again, alone: it must see what it saw among the others. Of what is set and put
+    back the first sees the right thing, of a stack the middle one, and of what is handed on the
+    last, and those that hand on the same. So it is another one, the one least like the last; of up
+    to three the first runs, too.
     """
 
     def __init__(
@@ -358,7 +361,7 @@ class _Sweep:
         self._own_input = mode is not None and task.held is None
         # Batches that may be run again, by number, and what each saw.
         self._kept: dict[int, Any] = {}
-        self._seen: dict[int, list[Moments]] = {}
+        self._seen: dict[int, list[Moments]] | None = None
 
     def run(self, batches: Iterator) -> None:
         try:
@@ -373,8 +376,9 @@ class _Sweep:
                     "among others"
                 ) from error
             raise error.__cause__ or error from None
-        for number, seen in self._seen.items():
-            self._check(self._kept[number], seen)
+        for number, seen in (self._seen or {}).items():
+            held = self._task.held
+            self._check(self._kept[number] if held is None else held[number], seen)
 
     def _normalize(self, name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
         with self._mode.uncounted() if self._mode else contextlib.nullcontext():
@@ -384,7 +388,7 @@ class _Sweep:
 
     def _jobs(self, batches: Iterator) -> Iterator[Callable[[], None]]:
         for number, batch in enumerate(batches):
-            if number < 2:
+            if number < _KEPT and self._task.held is None:
                 self._kept[number] = batch
             yield functools.partial(self._job, number, [batch])
 
@@ -406,9 +410,24 @@ class _Sweep:
         if call is None:
             return STOP
         self.population.append(call)
-        for number in _CHECKED.get(len(items), (1,)):
-            self._seen.setdefault(number, []).append(items[number].moments)
+        if self._seen is None:
+            count = len(items)
+            checked = _CHECKED[count] if count in _CHECKED else [self._unlike_the_last(items)]
+            self._seen = {n: [] for n in checked}
+            self._kept = {n: batch for n, batch in self._kept.items() if n in self._seen}
+        for number, seen in self._seen.items():
+            seen.append(items[number].moments)
         return STOP if call.name == self._task.stop_after else call.normalizer
+
+    def _unlike_the_last(self, calls: list[Call]) -> int:
+        """Of more than three batches' first calls, the one to run again."""
+        stop = len(calls) - 1 if self._task.held is not None else min(len(calls) - 1, _KEPT)
+        numbers = [n for n in range(1, stop) if 2 * n != len(calls) - 1]
+        parts = [calls[n].moments for n in (*numbers, -1)]
+        # Of an empty batch the ratios are NaN.
+        ratios = torch.stack([p.mean / (p.var.sqrt() + 1e-300) for p in parts]).nan_to_num()
+        unlike = (ratios - ratios[-1]).square()
+        return numbers[int((unlike / (unlike.mean(0) + 1e-300)).sum(1)[:-1].argmax())]
 
     def _goes_alone(self, batch: Any) -> bool:
         """Whether a batch's pass, alone, calls the layers that the first batch's called."""
