@@ -63,8 +63,8 @@ class Alone:
     def gather(self, value: T, where: str) -> list[T]:
         return [value]
 
-    def broadcast(self, value: T, where: str, root: int = 0) -> T:
-        return value
+    def broadcast(self, value: T | None, where: str, root: int = 0) -> T:
+        return value  # type: ignore[return-value]
 
     def agree(self, value: Any, where: str) -> None:
         """There is nobody to disagree with."""
@@ -132,8 +132,8 @@ class TorchRanks:
             raise self._over
         return [pickle.loads(payload) for payload in self._meet(where, _pickled(value))]
 
-    def broadcast(self, value: T, where: str, root: int = 0) -> T:
-        """The `value` of the rank `root`, on all ranks."""
+    def broadcast(self, value: T | None, where: str, root: int = 0) -> T:
+        """The `value` of the rank `root`, on all ranks; what the others give is not looked at."""
         mine = value if self.rank == root else None
         return self.gather(mine, where)[root]  # type: ignore[return-value]
 
@@ -334,9 +334,9 @@ class _Line:
         import torch
         import torch.distributed as distributed
 
-        mine = torch.zeros(_MESSAGE, dtype=torch.uint8)
+        mine = torch.zeros(_MESSAGE, dtype=torch.uint8, device="cpu")
         mine.numpy()[: len(message)] = memoryview(message)
-        every = torch.empty(size, _MESSAGE, dtype=torch.uint8)
+        every = torch.empty(size, _MESSAGE, dtype=torch.uint8, device="cpu")
         try:
             _finish(distributed.all_gather(list(every), mine, group=self._group, async_op=True))
         except RuntimeError as error:

@@ -106,6 +106,8 @@ def what_is_gathered(rank):
             found = ranks.gather((rank, value), "a value")
             assert [r for r, _ in found] == [0, 1, 2]
             assert all(same(other, value) for _, other in found)
+        with torch.device("meta"), torch.inference_mode():
+            assert ranks.gather(rank, "elsewhere") == [0, 1, 2]
         # Of different lengths, the longest in the middle.
         found = ranks.gather(bytes([rank]) * (50_000 * (rank % 2)), "unequal")
         assert found == [b"", b"\1" * 50_000, b""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,6 +73,8 @@ def run_train(
 
         from bnexp.experiment import run_experiment
 
+        if ranks.rank == 0:  # what draws the picture is imported while the network trains
+            threading.Thread(target=_import_drawing).start()
         outcome = run_experiment(
             settings,
             resume=run,
@@ -81,11 +84,13 @@ def run_train(
             changed_data=changed_data,
             ranks=ranks,
         )
-    if ranks.rank == 0:
-        _show(outcome, as_json)
-        _draw(outcome.record)
-    if outcome.unmet:
-        raise ExpectationNotMet(outcome.unmet)
+        if ranks.rank == 0:
+            _show(outcome, as_json)
+            _draw(outcome.record)
+        # The agent asks the others to end as soon as one does so with another code than 0.
+        ranks.gather(None, "the end")
+        if outcome.unmet:
+            raise ExpectationNotMet(outcome.unmet)
 
 
 def _show(outcome: Outcome, as_json: bool) -> None:
@@ -100,6 +105,11 @@ def _show(outcome: Outcome, as_json: bool) -> None:
         else:
             print_comparison(outcome.comparison)
             print(f"run: {outcome.record.path}")
+
+
+def _import_drawing() -> None:
+    with contextlib.suppress(Exception):  # _draw says why
+        import bnexp.report.figures  # noqa: F401
 
 
 def _draw(run: Run) -> None:

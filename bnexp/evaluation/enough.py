@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bnexp.analysis.findings import BY_THE_WAY, CurvePoint, Halves
+from bnexp.analysis.findings import BY_THE_WAY, Halves
+from bnexp.analysis.sample_curve import CurvePoint
 from bnexp.analysis.scores import gain
 from bnexp.evaluation.scoring import Scores, Task, scores_under
 from bnexp.evaluation.subsets import Batches, evenly
@@ -47,7 +48,7 @@ class Enough:
         then both halves and the whole, whose scores on these batches of the test set are known.
         Recomputing takes one and a half times what the whole did at most."""
         one, other = self._whole_halves
-        strides = [2**k for k in range(len(one).bit_length())]
+        strides = [2**k for k in range((len(one) - 1).bit_length() + 1)]
         parts = {tuple(one[::stride]): "nested" for stride in reversed(strides)}
         parts[tuple(other)] = "other half"
         statistics = {part: self.recompute(self.population.only(part)) for part in parts}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import random
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,6 +71,21 @@ def random_states_kept(model: nn.Module) -> Iterator[None]:
         if (numpy_random := sys.modules.get("numpy.random")) is not None:
             stack.callback(numpy_random.set_state, numpy_random.get_state())
         yield
+
+
+def readers_of_random_states(model: nn.Module) -> list[Callable[[], object]]:
+    """For each of these generators a function that gives its state, to be compared."""
+
+    def read_numpy() -> object:
+        kind, keys, *rest = np.random.get_state()
+        return kind, keys.tobytes(), *rest
+
+    readers = [lambda: torch.get_rng_state().numpy().tobytes(), random.getstate, read_numpy]
+    for device in {t.device for t in (*model.parameters(), *model.buffers())}:
+        if device.type in ("cuda", "xpu"):
+            read = functools.partial(getattr(torch, device.type).get_rng_state, device)
+            readers.append(lambda read=read: read().numpy().tobytes())
+    return readers
 
 
 # What every module has: training flag, parameters, buffers, submodules, hooks.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bnexp.analysis.comparison import Comparison
-from bnexp.condition import Condition, label, made_by
+from bnexp.condition import Condition, Weights, label, made_by
 from bnexp.errors import UserError
 from bnexp.printable import all_printable
 from bnexp.reading import naming
@@ -167,5 +167,5 @@ def _comparison(run: Run) -> Comparison | None:
     if content is None:
         return None
     with naming(run.path / "comparison.json"):
-        own = "best" if content.get("weights") == "best" else "trained"
+        own: Weights = "best" if content.get("weights") == "best" else "trained"
         return Comparison.from_dict(content, own)

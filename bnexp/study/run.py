@@ -202,6 +202,16 @@ def load_plan(record: StudyRecord) -> Plan:
     return plan_study(make_study(tree, [], str(path), record.path))
 
 
+def refresh(record: StudyRecord) -> None:
+    """Collect what a study that was killed before it did so has by now."""
+    if record.state["state"] != "killed":
+        return
+    with record.locked():
+        plan = load_plan(record)
+        experiments = experiments_of(record, plan.points, plan.trainings, record.state["failed"])
+        collect(record, plan.study, experiments, plan.claims)
+
+
 class _Study:
     """A study that runs; what the engine tells it goes into the record at once."""
 
@@ -309,7 +319,7 @@ class _Study:
     def _collect(self) -> tuple[list[Judged], dict[str, int]]:
         progress = self.progress
         plan = progress.plan
-        experiments = experiments_of(progress.record, plan.trainings, progress.failed)
+        experiments = experiments_of(progress.record, plan.points, plan.trainings, progress.failed)
         judged = collect(progress.record, plan.study, experiments, plan.claims)
         self._collected = time.monotonic()
         return judged, summary(experiments)
