@@ -158,13 +158,16 @@ class ModelState:
                 return f"{key} {held.where}"
         return next((held.where for held in self._tensors if held.is_changed()), None)
 
-    def restore(self) -> None:
+    def restore(self, unseen: bool = True) -> None:
+        """Put back what differs. Without `unseen`, not what was written past the tensors' versions
+        (through `.data`): each value would have to be looked at."""
         for held in self._held:
             held.restore()
         for container in self._empty:
             container.clear()
-        for held in self._tensors:
-            held.restore()
+        for tensor in self._tensors:
+            if unseen or tensor.is_changed():
+                tensor.restore()
 
 
 class _HeldTensor:
