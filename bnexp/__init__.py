@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bnexp.evaluation.evaluate import evaluate
     from bnexp.experiment import run_experiment
     from bnexp.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
+    from bnexp.ranks import Alone, TorchRanks
     from bnexp.statistics import (
         Cumulative,
         Ema,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from bnexp.statistics.blend import blend
 
 _HOME = {
+    "Alone": "bnexp.ranks",
+    "TorchRanks": "bnexp.ranks",
     "Audit": "bnexp.auditing",
     "audit": "bnexp.auditing",
     "blend": "bnexp.statistics.blend",
@@ -52,6 +55,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Alone",
     "Audit",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -61,6 +65,7 @@ __all__ = [
     "Pooled",
     "Statistics",
     "StatisticsTracker",
+    "TorchRanks",
     "UserError",
     "__version__",
     "audit",

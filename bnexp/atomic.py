@@ -1,4 +1,4 @@
-"""Files that are replaced whole, or not at all."""
+"""Files that are replaced whole, or not at all, and opened only if they are ordinary ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from bnexp.errors import UserError
 
@@ -54,3 +55,13 @@ def write_atomically(
     """Replace the file at `path` by `content`; `follow_links` as in `replacing`."""
     with replacing(path, follow_links) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def open_ordinary(path: Path) -> BinaryIO:
+    """Open the file at `path` to read it. OSError as `open`; UserError, at once, where it is a
+    folder, a pipe or a device."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path} is damaged: it is no ordinary file")
+    return open(handle, "rb")

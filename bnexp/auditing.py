@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -59,6 +59,9 @@ from bnexp.statistics.blend import blend
 from bnexp.statistics.forward import device_of
 from bnexp.statistics.progress import Progress
 from bnexp.statistics.recompute import Method
+
+if TYPE_CHECKING:
+    from bnexp.report.audit_table import Form
 
 # What is looked at besides the conditions is to cost about a fifth of these, so that some of the
 # samples must do, evenly spread: of the test set for the attribution and for a curve,
@@ -177,6 +180,17 @@ class Audit:
         )
 
     def __str__(self) -> str:
+        from bnexp.report.audit_table import PLAIN
+
+        return self._text(PLAIN)
+
+    def markdown(self) -> str:
+        """What `print` shows, as Markdown: for a pull request, or the summary of a pipeline."""
+        from bnexp.report.audit_table import MARKDOWN
+
+        return self._text(MARKDOWN)
+
+    def _text(self, form: Form) -> str:
         from bnexp.report.audit_table import as_text
 
         return as_text(
@@ -187,6 +201,7 @@ class Audit:
             self.halves,
             self.population_samples,
             self.curve,
+            form,
         )
 
     def _repr_html_(self) -> str:
@@ -254,7 +269,7 @@ def audit(
         UserError: batches that can be gone through once only, no samples, or whatever
             `recompute_statistics` says.
     """
-    choose_ranks(ranks, "an audit")
+    ranks = choose_ranks(ranks, "an audit")
     model = original_module(model)
     for name, batches in (("population", population), ("test", test)):
         if iter(batches) is batches:
@@ -268,7 +283,7 @@ def audit(
     words = score_name or ("accuracy" if score is None else "score")
     with torch.random.fork_rng([]):  # a DataLoader draws from it whenever it is gone through
         judge = _Judge(
-            model, Batches(population), Batches(test), task, words, classes, samples, memory
+            model, Batches(population), Batches(test), task, words, classes, samples, memory, ranks
         )
         if not batchnorm_layers(model):
             return judge.without_batchnorm()
@@ -285,6 +300,7 @@ class _Judge:
     classes: Sequence[str] | None
     samples: int | None
     memory: int | float | str | None
+    ranks: Ranks
     seconds: dict[str, float] = field(default_factory=dict)
 
     def without_batchnorm(self) -> Audit:
@@ -415,6 +431,7 @@ class _Judge:
             memory=self.memory,
             progress=progress,
             forward=lambda model, batch: self.task.output(model, batch),
+            ranks=self.ranks,
         )
 
     def _of(self, scores: Scores, numbers: Sequence[int]) -> Scores:

@@ -87,9 +87,23 @@ def made_by(config: Mapping[str, Any]) -> dict[str, str]:
     where it is damaged."""
     statistics, test = config["statistics"], config["test"]
     rules = read(dict[str, Estimator], statistics["estimators"])
+    adapted = read(dict[str, Adapted], statistics.get("adapted", {}))
     return {
         "running": f"decay {statistics['decay']:g}",
         "recomputed": statistics["recompute"]["method"],
         "batch": f"mini-batches of {test['batch_size']}",
         **{name: rule.label() for name, rule in rules.items()},
+        **{name: made.label() for name, made in adapted.items()},
     }
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """How statistics of test images are made; None stands for all of them."""
+
+    samples: int | None = None
+    prior: float = 0.0
+
+    def label(self) -> str:
+        images = "all test images" if self.samples is None else f"{self.samples:,} test images"
+        return f"of {images}, prior {self.prior:g}" if self.prior else f"of {images}"

@@ -22,6 +22,11 @@ class RunFailed(RuntimeError):
     exit_code = 1
 
 
+class Diverged(RunFailed):
+    """The training itself came to nothing: its numbers are not finite, or it collapsed. Another
+    attempt would end in the same way."""
+
+
 class ExpectationNotMet(RuntimeError):
     """The run finished, but an `expect:` of its config does not hold."""
 

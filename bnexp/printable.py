@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 _JOINERS = "\u200c\u200d"  # of Persian words, of emoji
 
 
@@ -21,3 +24,13 @@ def _shown(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # how os.fsdecode brings such a byte
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
+
+
+def all_printable(value: Any) -> Any:
+    """The same tree with every text in it as it can be shown: a record may hold control
+    characters, and halves of characters, that neither a page nor a terminal takes."""
+    if isinstance(value, Mapping):
+        return {all_printable(key): all_printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [all_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value

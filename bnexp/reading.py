@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,11 +15,20 @@ from bnexp.errors import UserError
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A UserError in the block becomes one that names the file that is damaged."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
 def read(kind: type[T], value: Any) -> T:
     """`value` as a dataclass, whose fields must be there and of their types. Names it does not
     know are left out. UserError saying in one line what is wrong."""
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(value, allow_nan=False))
+        return TypeAdapter(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or kind.__name__

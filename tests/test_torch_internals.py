@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -225,3 +227,18 @@ def test_in_transform():
     torch.vmap(forward)(x)
     torch.func.grad(forward)(x)
     assert seen == [False, True, True]
+
+
+def test_the_timeout_of_a_process_group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{tmp_path / 'store'}",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(seconds=37),
+    )
+    try:
+        group = torch.distributed.group.WORLD
+        assert internals.timeout_of(group) == timedelta(seconds=37)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from bnexp.analysis.consistency import check_numbers
 from bnexp.analysis.intervals import (
     expected_calibration_error,
     finite,
@@ -125,12 +126,14 @@ class Comparison:
             score = read(str, content.get("score", "accuracy"))
             if bool(classes) != (score == "accuracy"):
                 raise UserError("an accuracy has classes, and other scores have none")
+            samples, chance = read(int, content["samples"]), read(float, content["chance"])
             _check(results, baseline, classes, class_samples)
+            check_numbers(results, samples, class_samples, chance)
             return cls(
-                samples=read(int, content["samples"]),
+                samples=samples,
                 classes=classes,
                 class_samples=class_samples,
-                chance=read(float, content["chance"]),
+                chance=chance,
                 baseline=baseline,
                 results=results,
                 layers={

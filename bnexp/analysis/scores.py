@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 from bnexp.analysis.comparison import Comparison
 from bnexp.analysis.findings import Gain
@@ -58,6 +57,8 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     differences = differences[differences != 0]
     if not len(differences):
         return 1.0
+    from scipy import stats  # takes long, and few need it
+
     return float(stats.wilcoxon(differences).pvalue)
 
 

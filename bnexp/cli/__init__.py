@@ -11,6 +11,7 @@ from typing import NoReturn
 import typer
 
 from bnexp.cli import commands
+from bnexp.cli.processes import is_silent
 from bnexp.cli.streams import flush_or_give_up
 from bnexp.errors import (
     ExpectationNotMet,
@@ -21,6 +22,7 @@ from bnexp.errors import (
     is_out_of_memory,
 )
 from bnexp.performance import wait_briefly
+from bnexp.ranks import refuse_launcher
 
 MESSAGE = 2000
 
@@ -35,6 +37,7 @@ app = typer.Typer(
 app.command()(commands.train)
 app.command("eval")(commands.evaluate)
 app.command()(commands.audit)
+app.command()(commands.study)
 app.command()(commands.report)
 app.command()(commands.runs)
 app.command()(commands.compare)
@@ -42,6 +45,7 @@ app.command()(commands.config)
 app.command()(commands.export)
 app.command()(commands.init)
 app.command()(commands.models)
+app.command()(commands.data)
 
 
 @app.callback(invoke_without_command=True)
@@ -71,6 +75,8 @@ def main() -> None:
     wait_briefly()
     try:
         try:
+            if sys.argv[1:2] != ["train"]:
+                refuse_launcher(" ".join(["bnexp", *sys.argv[1:2]]))
             app(prog_name="bnexp")
         except SystemExit:
             sys.stdout.flush()
@@ -109,7 +115,10 @@ def _fail_if_explained(error: BaseException) -> None:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    """One line of bounded length, whatever the names in it hold."""
+    """One line of bounded length, whatever the names in it hold. Of several processes rank 0 says
+    it: what happens to one of them happens to all."""
+    if is_silent():
+        sys.exit(exit_code)
     if len(message) > MESSAGE:
         message = f"{message[: MESSAGE // 2]} ... {message[-MESSAGE // 2 :]}"
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)

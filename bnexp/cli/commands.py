@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+Markdown = Annotated[
+    bool, typer.Option("--markdown", help="Print Markdown alone: tables as code hosts show them.")
+]
 ChangedData = Annotated[
     bool, typer.Option("--changed-data", help="Go on though the run's data have changed.")
 ]
@@ -32,6 +35,9 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Train in N processes together.")
+    ] = None,
     changed_data: ChangedData = False,
     runs_dir: RunsDir = RUNS,
     quiet: Annotated[
@@ -53,6 +59,7 @@ def train(
         resume,
         changed_data,
         runs=runs_dir,
+        processes=processes,
         quiet=quiet,
         dry_run=dry_run,
         as_json=as_json,
@@ -87,6 +94,7 @@ def evaluate(
     changed_data: ChangedData = False,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
+    as_markdown: Markdown = False,
 ) -> None:
     """Evaluate a run under each kind of BN statistics."""
     from bnexp.cli.eval import run_eval
@@ -103,6 +111,7 @@ def evaluate(
         changed_data,
         overrides or [],
         runs_dir,
+        as_markdown,
     )
 
 
@@ -140,6 +149,7 @@ def audit(
     name: Annotated[str | None, typer.Option(help="Name of the record's folder.")] = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
+    as_markdown: Markdown = False,
 ) -> None:
     """Judge a model trained anywhere: verdict, findings, layers; and mend its checkpoint."""
     from bnexp.cli.audit import run_audit
@@ -153,7 +163,52 @@ def audit(
         "device": device,
         "name": name,
     }
-    run_audit(what or [], options, mend, force, as_json, runs_dir)
+    run_audit(what or [], options, mend, force, as_json, runs_dir, as_markdown)
+
+
+def study(
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="A study file, or a shipped one's name.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=a,b,c", help="More levels, or a key of the base: key=value."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Trainings at a time; as many as fit if left out."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, or where.")
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Also try again what failed before.")
+    ] = False,
+    runs_dir: RunsDir = RUNS,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, warnings and errors alone.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, and estimate the time.")
+    ] = False,
+    as_json: Json = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Run many experiments from one file, and judge its claims; again: go on."""
+    from bnexp.cli.study import run_study_command
+
+    run_study_command(
+        path,
+        overrides or [],
+        jobs,
+        ray,
+        retry,
+        dry_run,
+        as_json,
+        quiet or as_json,
+        runs_dir,
+        as_markdown,
+    )
 
 
 def report(
@@ -199,11 +254,12 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more.")],
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
+    as_markdown: Markdown = False,
 ) -> None:
     """Set runs side by side."""
     from bnexp.cli.compare import run_compare
 
-    run_compare(runs, runs_dir, as_json)
+    run_compare(runs, runs_dir, as_json, as_markdown)
 
 
 def config(
@@ -261,3 +317,15 @@ def models(as_json: Json = False) -> None:
     from bnexp.cli.lists import run_models
 
     run_models(as_json)
+
+
+def data(
+    root: Annotated[
+        Path | None, typer.Option(help="Look there first, as data.root in a config says.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the data sets a config can name, and where their files are."""
+    from bnexp.cli.lists import run_data
+
+    run_data(root, as_json)

@@ -69,12 +69,12 @@ def _state_dict(trained: Trained, kind: str) -> dict[str, Tensor]:
                 run_subject(model, trained.data, config),
                 trained.estimates,
                 config,
-                recompute=kind == "recomputed",
+                recompute=kind == "recomputed" or kind in config.statistics.adapted,
                 weights=trained.weights,
             )
             condition = Condition(kind, trained.weights)
             if condition not in sources:
-                known = [*trained.estimates, "recomputed"]
+                known = [*trained.estimates, "recomputed", *config.statistics.adapted]
                 raise UserError(f"--statistics {kind}: this run has {', '.join(known)}")
             source = sources[condition]
             chosen = source() if callable(source) else source

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from bnexp.cli.processes import check_count, joined_ranks, start_processes
 from bnexp.cli.streams import printing_what_can_be
 from bnexp.config import Config, load_config, resolve
 from bnexp.config.schema import PLAIN_NAME
@@ -17,6 +20,9 @@ from bnexp.errors import ExpectationNotMet, UserError
 from bnexp.memory_size import format_bytes
 from bnexp.performance import prepare_process
 from bnexp.records import RUNS, Run, find_run
+
+if TYPE_CHECKING:
+    from bnexp.experiment import Outcome
 
 EPOCHS = 10
 """Of a training that no file describes and no override limits."""
@@ -31,11 +37,17 @@ def run_train(
     changed_data: bool = False,
     *,
     runs: Path = RUNS,
+    processes: int | None = None,
     quiet: bool = False,
     dry_run: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Train and print the comparison. ExpectationNotMet where the config expected more."""
+    """Train and print the comparison. ExpectationNotMet where the config expected more.
+
+    In one of several processes rank 0 alone prints. With `processes` these are started, and this
+    one exits as they do.
+    """
+    check_count(processes)
     assignments = list(overrides)
     if config and "=" in config:
         assignments.insert(0, config)
@@ -44,25 +56,46 @@ def run_train(
         assignments.append(f"device={json.dumps(device)}")
     if name is not None:
         assignments.append(f"name={json.dumps(name)}")
-    run = find_run(resume, runs) if resume else None
-    settings = _settings(config, assignments, run)
-    _require_extras(settings)
-    prepare_process(settings.performance.allocator, settings.performance.tf32)
-    if dry_run:
-        _print_plan(settings, as_json)
-        return
+    with joined_ranks() as ranks:
+        with ranks.together("the command line"):
+            run = find_run(resume, runs) if resume else None
+            settings = _settings(config, assignments, run)
+            _require_extras(settings)
+            several = ranks.size > 1 or (processes or 1) > 1
+            if several and dry_run:
+                raise UserError("--dry-run tries one process out: leave --processes out")
+        if processes is not None and processes > ranks.size:
+            start_processes(processes)
+        prepare_process(settings.performance.allocator, settings.performance.tf32)
+        if dry_run:
+            _print_plan(settings, as_json)
+            return
 
+        from bnexp.experiment import run_experiment
+
+        if ranks.rank == 0:  # what draws the picture is imported while the network trains
+            threading.Thread(target=_import_drawing).start()
+        outcome = run_experiment(
+            settings,
+            resume=run,
+            runs=runs,
+            progress=not quiet,
+            handle_signals=True,
+            changed_data=changed_data,
+            ranks=ranks,
+        )
+        if ranks.rank == 0:
+            _show(outcome, as_json)
+            _draw(outcome.record)
+        # The agent asks the others to end as soon as one does so with another code than 0.
+        ranks.gather(None, "the end")
+        if outcome.unmet:
+            raise ExpectationNotMet(outcome.unmet)
+
+
+def _show(outcome: Outcome, as_json: bool) -> None:
     from bnexp.cli.tables import print_comparison
-    from bnexp.experiment import run_experiment
 
-    outcome = run_experiment(
-        settings,
-        resume=run,
-        runs=runs,
-        progress=not quiet,
-        handle_signals=True,
-        changed_data=changed_data,
-    )
     with printing_what_can_be():
         if as_json:
             state = outcome.record.state
@@ -72,9 +105,11 @@ def run_train(
         else:
             print_comparison(outcome.comparison)
             print(f"run: {outcome.record.path}")
-    _draw(outcome.record)
-    if outcome.unmet:
-        raise ExpectationNotMet(outcome.unmet)
+
+
+def _import_drawing() -> None:
+    with contextlib.suppress(Exception):  # _draw says why
+        import bnexp.report.figures  # noqa: F401
 
 
 def _draw(run: Run) -> None:

@@ -34,7 +34,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def load(path: Path, overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """As `load_config`, for any of the schemas; a `name` that is missing is the file's."""
-    tree = _read(path)
+    tree = read_tree(path)
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
     tree.setdefault("name", words[:100] or "run")
     return resolved(tree, overrides, _written(path), schema)
@@ -52,7 +52,7 @@ def resolved(
     """As `resolve`, for any of the schemas."""
     tree = unshared(tree)
     for assignment in overrides:
-        _override(tree, assignment, schema)
+        override(tree, assignment, schema)
     try:
         tree = _typed(tree, [schema], schema)
     except UserError as error:
@@ -71,7 +71,8 @@ def _written(path: Path) -> str:
     return text if text.isprintable() and len(text) <= 200 else shown(text)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file at `path`, its values not yet typed (`Scalar`). UserError."""
     where = _written(path)
     try:
         with open(path, "rb") as file:
@@ -98,15 +99,38 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], assignment: str, schema: type[BaseModel]) -> None:
-    key, equals, text = assignment.partition("=")
+def override(tree: dict[str, Any], assignment: str, schema: type[BaseModel]) -> None:
+    """Apply the dotted `key=value` to `tree`, in place. UserError where it can't be."""
+    key, text = split_assignment(assignment)
     said = f"override {shown(assignment)}"
+    node, last, kinds = _place(tree, key, schema, said)
+    node[last] = _value(text, kinds, said)
+
+
+def split_assignment(assignment: str) -> tuple[str, str]:
+    """The key and the text of `key=value`. UserError where it isn't one."""
+    key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(
             f"{shown(assignment)} is no override: write key=value, as in training.steps=500"
         )
     if len(key) > 1000:
-        raise UserError(f"{said}: no key is that long")
+        raise UserError(f"override {shown(assignment)}: no key is that long")
+    return key, text
+
+
+def assign(tree: dict[str, Any], key: str, value: Any, schema: type[BaseModel], said: str) -> None:
+    """Put `value`, not yet typed, where the dotted `key` of a `schema` is, replacing what is there.
+    UserError, which begins with `said`, where no key can be."""
+    node, last, _ = _place(tree, key, schema, said)
+    node[last] = value
+
+
+def _place(
+    tree: dict[str, Any], key: str, schema: type[BaseModel], said: str
+) -> tuple[dict[str, Any], str, Kinds]:
+    """The section of `tree` that the dotted `key` lies in, made where it isn't there, its last
+    part, and what is admitted there. Epochs and steps replace each other."""
     *parents, last = parts = _split(tree, key, schema)
     if len(parts) > MAX_DEPTH:
         raise UserError(f"{said}: no key lies {len(parts)} sections deep")
@@ -124,7 +148,7 @@ def _override(tree: dict[str, Any], assignment: str, schema: type[BaseModel]) ->
     if key in ("training.epochs", "training.steps"):
         node.pop("epochs", None)
         node.pop("steps", None)
-    node[last] = _value(text, below(kinds, last), said)
+    return node, last, below(kinds, last)
 
 
 def _split(tree: dict[str, Any], key: str, schema: type[BaseModel]) -> list[str]:
@@ -183,7 +207,7 @@ def _typed(
 
 def _misreading(value: Any, kinds: Kinds) -> str | None:
     """What is wrong with a value that pydantic would turn into a number nobody meant."""
-    if isinstance(value, bool) and kinds and bool not in kinds:
+    if isinstance(value, bool) and kinds and bool not in kinds and Any not in kinds:
         return "true, false and YAML's yes, no, on and off are not allowed here"
     if isinstance(value, float) and int in kinds and float not in kinds:
         return f"write {int(value)}" if value.is_integer() and abs(value) < 2**63 else None

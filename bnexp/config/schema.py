@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -67,6 +68,29 @@ class LimitConfig(Section):
     """Use only this many test images, stratified; the same ones whatever the seed."""
 
 
+class BatchesConfig(Section):
+    classes: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    """Training mini-batches hold images of so many classes each, in equal shares; null: whatever
+    the shuffle brings."""
+
+
+class CorruptionConfig(Section):
+    name: Literal["gaussian-noise", "gaussian-blur", "brightness", "contrast", "jpeg"]
+    """torchvision's transform of that name; docs/data.md has the table of severities."""
+    severity: Annotated[int, Field(ge=1, le=5)] = 3
+    """From 1, hardly seen, to 5."""
+
+
+def _absolute_path(path: str) -> str:
+    """So that a run's config means the same file or folder from everywhere."""
+    if "\0" in path:
+        raise ValueError(f"{shown(path)} has a NUL, which no path has")
+    try:
+        return os.path.abspath(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{shown(path)}: {error}") from None
+
+
 class DataConfig(Section):
     name: str
     """digits, mnist, fashion-mnist, kmnist, cifar10, cifar100, svhn or image-folder."""
@@ -83,28 +107,72 @@ class DataConfig(Section):
     limit: LimitConfig = LimitConfig()
     """Fewer images than there are, to try something out."""
 
+    batches: BatchesConfig = BatchesConfig()
+    """How mini-batches are put together."""
+    corruption: CorruptionConfig | None = None
+    """What is done to the test images, and to them alone; null: nothing."""
+
     @field_validator("root")
     @classmethod
     def _absolute(cls, root: Path | None) -> Path | None:
-        """So that a run's config means the same folder from everywhere."""
-        if "\0" in str(root):
-            raise ValueError(f"{shown(str(root))} has a NUL, which no path has")
-        try:
-            return None if root is None else Path(os.path.abspath(root.expanduser()))
-        except RuntimeError as error:
-            raise ValueError(f"{shown(str(root))}: {error}") from None
+        return None if root is None else Path(_absolute_path(str(root)))
 
 
 # --------------------------------------------------------------------------------------- model
 
 
+class RenormConfig(Section):
+    """How far batch renormalization may correct, by the number of mini-batches seen."""
+
+    r_max: Annotated[float, Field(ge=1.0)] = 3.0
+    """Largest ratio of a mini-batch's deviation to the running one, either way."""
+    d_max: Annotated[float, Field(ge=0.0)] = 5.0
+    """Largest distance of a mini-batch's mean from the running one, in running deviations."""
+    start: Annotated[int, Field(ge=0, lt=2**31)] = 5_000
+    """Up to this mini-batch it is batch normalization."""
+    r_full: Annotated[int, Field(ge=0, lt=2**31)] = 40_000
+    """From this mini-batch on r_max holds, after a linear rise from 1."""
+    d_full: Annotated[int, Field(ge=0, lt=2**31)] = 25_000
+    """From this mini-batch on d_max holds, after a linear rise from 0."""
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.start > min(self.r_full, self.d_full):
+            raise ValueError("start must be no later than r_full and d_full")
+        return self
+
+
+TORCHVISION_WEIGHTS = re.compile(r"torchvision/[A-Z][A-Z0-9_]*")
+
+
+def _weights(text: str) -> str:
+    return text if TORCHVISION_WEIGHTS.fullmatch(text) else _absolute_path(text)
+
+
 class ModelConfig(Section):
     name: str
     """mlp, small-cnn, resnet20 or torchvision/<name>."""
-    norm: Literal["batch", "none"] = "batch"
-    """`none` builds bnexp's own networks without batch normalization."""
+    norm: Literal["batch", "batch-renorm", "moving-average", "none"] = "batch"
+    """`batch-renorm` is Ioffe 2017; `moving-average` normalizes by the running averages in
+    training, too, which the batch normalization paper warns of; `none` builds bnexp's own networks
+    without batch normalization."""
+    renorm: RenormConfig | None = None
+    """The limits of batch-renorm; null: the paper's, for trainings of some 160,000 steps."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-5
     """Added to the variance before its square root."""
+    weights: Annotated[str, AfterValidator(_weights)] | None = None
+    """The weights and running averages to start from: a file (of `bnexp export`, torch.save or
+    safetensors), or torchvision/NAME for torchvision's own of that name, such as
+    torchvision/IMAGENET1K_V1. A classifier for another number of classes starts afresh."""
+
+    @model_validator(mode="after")
+    def _renorm_is_used(self):
+        if self.renorm is not None and self.norm != "batch-renorm":
+            raise ValueError("model.renorm is for model.norm: batch-renorm")
+        published = self.weights is not None and TORCHVISION_WEIGHTS.fullmatch(self.weights)
+        if published and not self.name.startswith("torchvision/"):
+            raise ValueError(f"model.weights {self.weights} is for torchvision's networks")
+        return self
 
 
 # ---------------------------------------------------------------------------------- statistics
@@ -136,30 +204,50 @@ class RecomputeConfig(Section):
         return memory
 
 
+class AdaptedConfig(Section):
+    samples: Annotated[int, Field(ge=2)] | None = None
+    """How many test images they are computed over (exactly, and without their labels), the first
+    of a fixed shuffle; null takes all. The same images are then among those that are scored."""
+    prior: Annotated[float, Field(ge=0.0)] = 0.0
+    """Pull them towards the running averages, as if these were so many further images (Schneider
+    et al. 2020)."""
+
+
 class StatisticsConfig(Section):
     decay: Decay = 0.9
     """Decay of the running statistics in the layers. PyTorch's momentum is 1 - decay."""
     estimators: dict[str, Annotated[Estimator, Field(discriminator="rule")]] = {}
     """More estimators fed by the same run, by name; all are evaluated, saved and compared."""
+    adapted: dict[str, AdaptedConfig] = {}
+    """Statistics of test images, by name (AdaBN; Li et al. 2016), wherever recomputed ones are."""
     recompute: RecomputeConfig = RecomputeConfig()
     normalization_batch: Annotated[int, Field(ge=2)] | None = None
     """Ghost batches: training normalizes over sub-batches of this many images."""
     freeze_from_step: Annotated[int, Field(ge=0)] | None = None
     """From this step on training normalizes with the running statistics and leaves them alone."""
 
-    @field_validator("estimators")
+    @field_validator("estimators", "adapted")
     @classmethod
-    def _names(cls, estimators: dict) -> dict:
-        if len(estimators) > 1000:
+    def _names(cls, named: dict, info: ValidationInfo) -> dict:
+        if len(named) > 1000:
             raise ValueError("there can't be more than 1000")
-        for name in estimators:
+        what = "an estimator" if info.field_name == "estimators" else "adapted statistics"
+        for name in named:
             taken = name in ("running", "recomputed", "batch", "none")
             if taken or not PLAIN_NAME.fullmatch(name) or len(name) > 100:
                 raise ValueError(
-                    f"{shown(name)} can't name an estimator: running, recomputed, batch and none "
+                    f"{shown(name)} can't name {what}: running, recomputed, batch and none "
                     "are taken; use letters, digits, '.', '_' and '-'"
                 )
-        return estimators
+        return named
+
+    @model_validator(mode="after")
+    def _different_names(self):
+        if both := self.estimators.keys() & self.adapted.keys():
+            raise ValueError(
+                f"{shown(min(both))} names both an estimator and adapted statistics; rename one"
+            )
+        return self
 
 
 # ------------------------------------------------------------------------------------ training
@@ -425,6 +513,11 @@ class Config(Section):
             )
         if "batch" in self.test.statistics and self.test.batch_size < 2:
             raise ValueError("test.statistics has batch, so test.batch_size must be at least 2")
+        if (classes := self.data.batches.classes) and self.training.batch_size % classes:
+            raise ValueError(
+                f"data.batches.classes {classes} can't share training.batch_size "
+                f"{self.training.batch_size} equally; choose a divisor"
+            )
         part, batch = self.statistics.normalization_batch, self.training.batch_size
         if part and batch > part and batch % part == 1:
             raise ValueError(

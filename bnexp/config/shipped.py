@@ -29,3 +29,23 @@ def find_config(given: str) -> Path:
     near = difflib.get_close_matches(given, shipped, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(shipped)}"
     raise UserError(f"no config file {given} here, and none of that name comes with bnexp; {hint}")
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Name -> file, by name."""
+    return {path.stem: path for path in sorted((FOLDER / "studies").glob("*.yaml"))}
+
+
+def find_study_file(given: str) -> Path:
+    """The study file that a user named: by its path, else by the name of a shipped one.
+
+    Raises UserError, with the nearest names, where a bare name is neither.
+    """
+    path, shipped = Path(given), shipped_studies()
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    if given in shipped:
+        return shipped[given]
+    near = difflib.get_close_matches(given, shipped, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(shipped)}"
+    raise UserError(f"no study file {given} here, and none of that name comes with bnexp; {hint}")

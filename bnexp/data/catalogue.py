@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bnexp.data import files, identity, sampling
+from bnexp.data.grouping import ClassBatches
 from bnexp.data.image_folder import load_image_folder
 from bnexp.data.memory import InMemorySplit
 from bnexp.data.pixels import Normalization
@@ -73,21 +74,28 @@ def data_of(arrays: files.Arrays, settings: DataSettings, seed: int, device: tor
     height, width = train_images.shape[1:3]
     normalize = Normalization(info.mean, info.std, (height, width), info.image_size, device)
     splits = {}
+    classes = settings.classes_per_batch
+    grouping = ClassBatches(train_labels, classes) if classes else None
 
     def split(
         part: str,
         images: np.ndarray,
         labels: np.ndarray,
         augmentation: Augmentation = NO_AUGMENTATION,
+        grouping: ClassBatches | None = None,
     ) -> InMemorySplit:
         splits[part] = identity.of_arrays(images, labels, len(arrays.classes))
+        pixels = torch.from_numpy(images)
+        if part == "test" and settings.corruption:
+            pixels = settings.corruption.apply(pixels, test.tolist())
         return InMemorySplit(
-            torch.from_numpy(images),
+            pixels,
             torch.from_numpy(labels),
             normalize,
             augmentation,
             seed,
             device,
+            grouping,
         )
 
     fingerprint: identity.Fingerprint = {
@@ -99,7 +107,7 @@ def data_of(arrays: files.Arrays, settings: DataSettings, seed: int, device: tor
     }
     return Data(
         info,
-        split("train", train_images, train_labels, settings.augmentation),
+        split("train", train_images, train_labels, settings.augmentation, grouping),
         split("val", arrays.train_images[val], arrays.train_labels[val]) if len(val) else None,
         split("test", arrays.test_images[test], arrays.test_labels[test]),
         fingerprint,

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -118,6 +119,7 @@ FASHION_MNIST = IdxDataSet(
 KMNIST = IdxDataSet(
     "kmnist", "KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"), {}
 )
+IDX = {data_set.name: data_set for data_set in (MNIST, FASHION_MNIST, KMNIST)}
 _OWNERS = {
     md5: data_set.name for data_set in (MNIST, FASHION_MNIST) for md5 in data_set.md5.values()
 }
@@ -135,7 +137,7 @@ def load_idx(data_set: IdxDataSet, root: Path | None) -> Arrays:
     folders = search_folders(root)
     remarks = []
     for folder in folders:
-        for place in _idx_places(data_set, folder):
+        for place in idx_places(data_set.name, folder):
             found = _idx_files(place)
             missing = [part for part in IDX_PARTS if part not in found]
             if not missing:
@@ -154,13 +156,43 @@ def load_idx(data_set: IdxDataSet, root: Path | None) -> Arrays:
     return _read_idx_files(data_set, _idx_files(target))
 
 
-def _idx_places(data_set: IdxDataSet, folder: Path) -> Iterator[Path]:
-    for named in (data_set.torchvision_name, data_set.name, data_set.name.replace("-", "_")):
+def idx_files_here(data_set: IdxDataSet, folders: list[Path]) -> dict[str, Path] | None:
+    """The four files that `load_idx` reads in `folders`, by their names; None where it would
+    download them."""
+    for place in [place for folder in folders for place in idx_places(data_set.name, folder)]:
+        found = _idx_files(place)
+        if found.keys() == IDX_PARTS.keys():
+            try:
+                for part in ("train-labels", "test-labels"):  # small, and they tell the sets apart
+                    _check_published(data_set, part, found[part], read_bytes(found[part]))
+            except OtherDataSet:
+                continue
+            return {path.name: path for path in found.values()}
+    return None
+
+
+def idx_places(name: str, folder: Path) -> Iterator[Path]:
+    """Where in `folder` the IDX files of a data set may be, the likeliest first."""
+    for named in (IDX[name].torchvision_name, name, name.replace("-", "_")):
         yield folder / named / "raw"
         yield folder / named
     if folder != DEBIAN_FOLDER:
         yield folder / "raw"
         yield folder
+
+
+def has_idx_files(name: str, folder: Path) -> bool:
+    """Whether all four are in `folder`, and its labels are not known to be another data set's."""
+    found = _idx_files(folder)
+    if len(found) < len(IDX_PARTS):
+        return False
+    with contextlib.suppress(UserError):  # what is damaged is said when it is read
+        contents = read_bytes(found["test-labels"])
+        try:
+            _check_published(IDX[name], "test-labels", found["test-labels"], contents)
+        except OtherDataSet:
+            return False
+    return True
 
 
 def _idx_name(part: str) -> str:
@@ -272,13 +304,7 @@ def _check_published(data_set: IdxDataSet, part: str, path: Path, contents: byte
 
 def load_cifar(name: str, root: Path | None) -> Arrays:
     """cifar10 or cifar100, from the extracted folder or the archive, else downloaded."""
-    from torchvision import datasets
-
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    meta = [(kind.meta["filename"], kind.meta["md5"])]
-    parts = {
-        f"{kind.base_folder}/{file}": md5 for file, md5 in kind.train_list + kind.test_list + meta
-    }
+    kind, parts, archive = _cifar(name)
     train, test = _load_torchvision(
         name,
         root,
@@ -286,7 +312,7 @@ def load_cifar(name: str, root: Path | None) -> Arrays:
             kind(folder, train=train, download=download) for train in (True, False)
         ],
         parts,
-        (kind.filename, kind.tgz_md5),
+        archive,
     )
     return Arrays(
         train.data,
@@ -295,6 +321,18 @@ def load_cifar(name: str, root: Path | None) -> Arrays:
         np.array(test.targets, dtype=np.int64),
         tuple(train.classes),
     )
+
+
+def _cifar(name: str) -> tuple[Any, dict[str, str], tuple[str, str]]:
+    """torchvision's class, the md5 of the extracted files, and the archive with its md5."""
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    meta = [(kind.meta["filename"], kind.meta["md5"])]
+    parts = {
+        f"{kind.base_folder}/{file}": md5 for file, md5 in kind.train_list + kind.test_list + meta
+    }
+    return kind, parts, (kind.filename, kind.tgz_md5)
 
 
 def load_svhn(root: Path | None) -> Arrays:
@@ -307,7 +345,7 @@ def load_svhn(root: Path | None) -> Arrays:
         lambda folder, download: [
             datasets.SVHN(folder, split=split, download=download) for split in ("train", "test")
         ],
-        {datasets.SVHN.split_list[s][1]: datasets.SVHN.split_list[s][2] for s in ("train", "test")},
+        _svhn_parts(),
         None,
     )
     return Arrays(
@@ -317,6 +355,35 @@ def load_svhn(root: Path | None) -> Arrays:
         test.labels,
         tuple("0123456789"),
     )
+
+
+def _svhn_parts() -> dict[str, str]:
+    from torchvision import datasets
+
+    lists = datasets.SVHN.split_list
+    return {lists[split][1]: lists[split][2] for split in ("train", "test")}
+
+
+def torchvision_files_here(name: str, folders: list[Path]) -> dict[str, Path] | None:
+    """The files that cifar10, cifar100 or svhn are read from in `folders`, by their names below
+    the folder that has them; None where they would be downloaded."""
+    parts, archive = (_svhn_parts(), None) if name == "svhn" else _cifar(name)[1:]
+    for place in _torchvision_places(name, folders):
+        found = {part: place / part for part in parts if (place / part).is_file()}
+        if len(found) == len(parts):
+            return found
+        if archive is not None and (place / archive[0]).is_file():
+            return {archive[0]: place / archive[0]}
+    return None
+
+
+def _torchvision_places(name: str, folders: list[Path]) -> list[Path]:
+    return [p for f in folders for p in (f, f / name, f / name.upper(), f.parent)]
+
+
+def torchvision_places(name: str, folder: Path) -> tuple[Path, ...]:
+    """Where around `folder` the files of such a data set may be, the likeliest first."""
+    return folder, folder / name, folder / name.upper(), folder.parent
 
 
 def _load_torchvision(
@@ -335,7 +402,7 @@ def _load_torchvision(
 
     folders = search_folders(root)
     remarks = []
-    for place in [p for f in folders for p in (f, f / name, f / name.upper(), f.parent)]:
+    for place in _torchvision_places(name, folders):
         missing = [part for part in parts if not (place / part).is_file()]
         packed = archive is not None and (place / archive[0]).is_file()
         if missing and not packed:

@@ -9,6 +9,7 @@ import torch
 
 from bnexp.data import identity, sampling
 from bnexp.data.folder import Folder, Listing, list_folder
+from bnexp.data.grouping import ClassBatches
 from bnexp.data.identity import FileHashes
 from bnexp.data.images import read_image
 from bnexp.data.memory import InMemorySplit
@@ -34,22 +35,37 @@ def load_image_folder(settings: DataSettings, seed: int, device: torch.device) -
     images = sum(map(len, listings.values()))
     in_memory = images * size[0] * size[1] * 3 <= IN_MEMORY_BYTES
     files = {
-        part: ImageFiles(listing.paths, size, settings.image_size is not None, settings.workers)
+        part: ImageFiles(
+            listing.paths,
+            size,
+            settings.image_size is not None,
+            settings.workers,
+            settings.corruption if part == "test" else None,
+            listing.names,
+        )
         for part, listing in listings.items()
     }
+    classes = settings.classes_per_batch
+    grouping = ClassBatches(listings["train"].labels, classes) if classes else None
     count = len(listings["train"]) if in_memory else STATISTICS_IMAGES
     train_pixels = files["train"].read(count)
     info = data_info(settings, train_pixels, folder.classes)
     normalize = Normalization(info.mean, info.std, size, info.image_size, device)
 
-    def split(part: str, augmentation: Augmentation = NO_AUGMENTATION) -> Split:
+    def split(
+        part: str,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        grouping: ClassBatches | None = None,
+    ) -> Split:
         labels = torch.from_numpy(listings[part].labels)
         if not in_memory:
-            return StreamedSplit(files[part], labels, normalize, augmentation, seed, device)
+            return StreamedSplit(
+                files[part], labels, normalize, augmentation, seed, device, grouping
+            )
         pixels = train_pixels if part == "train" else files[part].read(len(labels))
-        return InMemorySplit(pixels, labels, normalize, augmentation, seed, device)
+        return InMemorySplit(pixels, labels, normalize, augmentation, seed, device, grouping)
 
-    train, test = split("train", settings.augmentation), split("test")
+    train, test = split("train", settings.augmentation, grouping), split("test")
     val = split("val") if "val" in listings else None
     hashes = identity.hash_files(listings.values(), settings.workers)
     splits = {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bnexp.data import sampling
 from bnexp.data.augmentation import shift_and_flip
+from bnexp.data.grouping import ClassBatches
 from bnexp.data.pixels import Normalization
 from bnexp.data.settings import Augmentation
 
@@ -24,6 +25,7 @@ class InMemorySplit:
         augmentation: Augmentation,
         seed: int,
         device: torch.device,
+        grouping: ClassBatches | None = None,
     ):
         """`images`: uint8 (N, H, W, C), `labels`: int64 (N,), both on the CPU."""
         self.labels = labels
@@ -33,30 +35,35 @@ class InMemorySplit:
         self._augmentation = augmentation
         self._seed = seed
         self._device = device
+        self._grouping = grouping
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return sampling.steps_per_epoch(len(self), batch_size)
+        return sampling.steps_per_epoch(len(self), batch_size, self._grouping)
 
     def training_batches(
-        self, batch_size: int, start_step: int = 0
+        self, batch_size: int, start_step: int = 0, share: sampling.Share = sampling.EVERYTHING
     ) -> Iterator[tuple[Tensor, Tensor]]:
         passes = sampling.training_passes(
-            len(self), batch_size, start_step, self._augmentation, self._seed
+            len(self), batch_size, start_step, self._augmentation, self._seed, self._grouping
         )
         for whole in passes:
-            for part in whole.to(self._device).batches(batch_size):
+            for part in whole.to(self._device).batches(batch_size, share):
                 yield self._gather(part)
 
     def batches(
-        self, batch_size: int, samples: int | None = None, augment: bool = False
+        self,
+        batch_size: int,
+        samples: int | None = None,
+        augment: bool = False,
+        share: sampling.Share = sampling.EVERYTHING,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         whole = sampling.inference_pass(
             len(self), samples, self._augmentation if augment else None, self._seed
         )
-        for part in whole.to(self._device).batches(batch_size):
+        for part in whole.shared(batch_size, share).to(self._device).batches(batch_size):
             yield self._gather(part)
 
     def _gather(self, part: sampling.Pass) -> tuple[Tensor, Tensor]:

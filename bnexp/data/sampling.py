@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnexp.data.grouping import ClassBatches
 from bnexp.data.settings import Augmentation, DataSettings
 from bnexp.errors import UserError
 
@@ -70,8 +71,32 @@ def _limited(labels: np.ndarray, limit: int | None, rng: np.random.Generator) ->
     return stratified_subset(labels, limit, rng)
 
 
-def steps_per_epoch(images: int, batch_size: int) -> int:
+@dataclass(frozen=True)
+class Share:
+    """The part of every mini-batch that one of several processes takes: consecutive samples.
+
+    The parts differ by at most one unit of `unit` samples that stay together; the last unit of a
+    mini-batch may be short.
+    """
+
+    rank: int = 0
+    size: int = 1
+    unit: int = 1
+
+    def of(self, count: int) -> slice:
+        """Which of the `count` samples of a mini-batch; none of them, maybe."""
+        units = -(-count // self.unit)
+        first, end = (units * rank // self.size for rank in (self.rank, self.rank + 1))
+        return slice(min(first * self.unit, count), min(end * self.unit, count))
+
+
+EVERYTHING = Share()
+
+
+def steps_per_epoch(images: int, batch_size: int, grouping: ClassBatches | None = None) -> int:
     """Full batches in one pass over so many images; UserError when not even one fits."""
+    if grouping:
+        return grouping.steps(batch_size)
     if batch_size > images:
         raise UserError(
             f"a training batch of {batch_size} needs more than the {images} training images "
@@ -112,34 +137,55 @@ class Pass:
     def __len__(self) -> int:
         return len(self.order)
 
+    def shared(self, batch_size: int, share: Share) -> Pass:
+        """The batches that one of several processes takes: consecutive ones, as they are in the
+        whole pass. A last, short one comes with the one before it."""
+        whole = max(1, len(self) // batch_size)
+        batches = Share(share.rank, share.size).of(whole)
+        end = len(self) if batches.stop == whole else batches.stop * batch_size
+        return self[min(batches.start * batch_size, end) : end]
+
     def to(self, device: torch.device) -> Pass:
         return Pass(
             upload(self.order, device),
             None if self.draws is None else upload(self.draws, device),
         )
 
-    def batches(self, batch_size: int) -> Iterator[Pass]:
+    def batches(self, batch_size: int, share: Share = EVERYTHING) -> Iterator[Pass]:
+        """Parts of `batch_size`, the last one maybe short, and of each what `share` takes."""
         for start in range(0, len(self), batch_size):
-            yield self[start : start + batch_size]
+            part = self[start : start + batch_size]
+            yield part[share.of(len(part))]
 
 
 def training_pass(
-    images: int, batch_size: int, epoch: int, augmentation: Augmentation, seed: int
+    images: int,
+    batch_size: int,
+    epoch: int,
+    augmentation: Augmentation,
+    seed: int,
+    grouping: ClassBatches | None = None,
 ) -> Pass:
-    """The shuffle of epoch number `epoch`, full batches only."""
-    used = steps_per_epoch(images, batch_size) * batch_size
-    order = generator(seed, "order", epoch).permutation(images)[:used]
+    """The shuffle of epoch number `epoch`, full batches only; those of `grouping`, if given."""
+    used = steps_per_epoch(images, batch_size, grouping) * batch_size
+    rng = generator(seed, "order", epoch)
+    order = grouping.order(batch_size, rng) if grouping else rng.permutation(images)[:used]
     draws = draw_augmentation(used, augmentation, generator(seed, "augmentation", epoch))
     return Pass(torch.from_numpy(order), draws)
 
 
 def training_passes(
-    images: int, batch_size: int, start_step: int, augmentation: Augmentation, seed: int
+    images: int,
+    batch_size: int,
+    start_step: int,
+    augmentation: Augmentation,
+    seed: int,
+    grouping: ClassBatches | None = None,
 ) -> Iterator[Pass]:
     """What is left of the epoch that `start_step` falls into, then epoch after epoch."""
-    epoch, done = divmod(start_step, steps_per_epoch(images, batch_size))
+    epoch, done = divmod(start_step, steps_per_epoch(images, batch_size, grouping))
     while True:
-        whole = training_pass(images, batch_size, epoch, augmentation, seed)
+        whole = training_pass(images, batch_size, epoch, augmentation, seed, grouping)
         yield whole[done * batch_size :]
         epoch, done = epoch + 1, 0
 

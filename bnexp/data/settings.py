@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnexp.data.corruption import Corruption
 
 
 @dataclass(frozen=True)
@@ -38,5 +42,9 @@ class DataSettings:
     """At most so many training images, chosen by the seed; None for all."""
     limit_test: int | None = None
     """At most so many test images, the same ones whatever the seed; None for all."""
+    classes_per_batch: int | None = None
+    """Training batches hold images of so many classes each; None for whatever comes."""
+    corruption: Corruption | None = None
+    """What is done to the test images."""
     split_by_number: bool = False
     """Set a folder's test images apart as runs did that kept no record of their data."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnexp.data.identity import Fingerprint
 from bnexp.data.pixels import pixel_mean_and_std
+from bnexp.data.sampling import EVERYTHING, Share
 from bnexp.data.settings import DataSettings
 
 
@@ -53,22 +54,28 @@ class Split(Protocol):
         """Full batches in one pass; the remainder is dropped. UserError when there is none."""
 
     def training_batches(
-        self, batch_size: int, start_step: int = 0
+        self, batch_size: int, start_step: int = 0, share: Share = EVERYTHING
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless shuffled, augmented batches from step `start_step` on.
+        """Endless shuffled, augmented batches from step `start_step` on, and of each the samples
+        that `share` takes: the same ones, augmented in the same way, whoever takes the others.
 
         Every epoch has an order of its own. Batch t depends on the seed, the batch size and t
         alone, so a run that resumes at step t sees what an uninterrupted one would have seen.
         """
 
     def batches(
-        self, batch_size: int, samples: int | None = None, augment: bool = False
+        self,
+        batch_size: int,
+        samples: int | None = None,
+        augment: bool = False,
+        share: Share = EVERYTHING,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, or the first `samples` of a fixed seeded shuffle of them.
 
         The last batch may be short; more samples than there are mean all of them. `augment`
         applies training augmentation, fixed by the seed and the position in the pass. Every call
-        with the same arguments yields the same batches.
+        with the same arguments yields the same batches. `share` takes consecutive ones of them, a
+        last, short one with the one before it.
         """
 
 

@@ -76,7 +76,12 @@ def _recompute(
     subject: Subject, method: Method, memory: int | str | None, progress: Progress
 ) -> Statistics:
     return recompute_statistics(
-        subject.model, subject.population(method), method=method, memory=memory, progress=progress
+        subject.model,
+        subject.population(method),
+        method=method,
+        memory=memory,
+        progress=progress,
+        ranks=subject.ranks,
     )
 
 
@@ -86,7 +91,7 @@ def evaluate(
     """Evaluate the model on all test samples with each of `sources`; time to compute counts.
 
     `fold`: fold BN into the convolutions before it (`bnexp.nn.folding`). The model is as before
-    afterwards, also after an exception.
+    afterwards, also after an exception. All of `subject.ranks` call this alike, and get the same.
     """
     result = Evaluation()
     for condition, source in sources.items():
@@ -95,7 +100,7 @@ def evaluate(
         result.seconds[condition] = time.perf_counter() - started
     started = time.perf_counter()
     result.predictions = predict_under(
-        subject.model, lambda: subject.test(None), result.statistics, fold
+        subject.model, lambda: subject.test(None), result.statistics, fold, subject.ranks
     )
     each = (time.perf_counter() - started) / len(result.statistics)
     for condition in result.seconds:
@@ -131,9 +136,15 @@ def compare_evaluation(
         mended, spoiled = {}, {}
         if condition.is_recomputed:
             tried = [row.name for row in drift[:layer_cost_layers]]
-            test = partial(subject.test, layer_cost_samples)
-            mended = layer_costs(subject.model, test, reference, statistics, tried)
-            spoiled = layer_costs(subject.model, test, statistics, reference, tried)
+            costs = partial(
+                layer_costs,
+                subject.model,
+                partial(subject.test, layer_cost_samples),
+                names=tried,
+                ranks=subject.ranks,
+            )
+            mended = costs(statistics=reference, other=statistics)
+            spoiled = costs(statistics=statistics, other=reference)
         layers[condition] = [
             LayerRow(**asdict(row), mended=mended.get(row.name), spoiled=spoiled.get(row.name))
             for row in drift

@@ -16,6 +16,7 @@ from bnexp.errors import UserError
 from bnexp.evaluation.subject import Batches
 from bnexp.nn.folding import folded
 from bnexp.nn.inference import inference
+from bnexp.ranks import Alone, Ranks
 from bnexp.statistics import Statistics, batch_statistics
 
 Name = TypeVar("Name")
@@ -34,7 +35,7 @@ def predict(model: nn.Module, batches: Batches) -> Predictions:
     was afterwards, also after an exception. The inputs must be on the model's device.
     """
     with inference(model):
-        return _gather([_predict_batch(model, x, y) for x, y in batches])
+        return _predictions(_joined([_predict_batch(model, x, y) for x, y in batches]))
 
 
 def predict_under(
@@ -42,6 +43,7 @@ def predict_under(
     make_batches: Callable[[], Batches],
     kinds: Mapping[Name, Statistics | None],
     fold: bool = False,
+    ranks: Ranks = Alone(),
 ) -> dict[Name, Predictions]:
     """Predictions for the same samples under each of several statistics, under the same names.
 
@@ -52,9 +54,11 @@ def predict_under(
     are folded into the convolutions before them where they can be (`bnexp.nn.folding`), which
     changes logits by rounding alone. The model's buffers, parameters and training flags are as they
     were afterwards, also after an exception.
+
+    ranks: each predicts for its own batches, maybe none; all get all predictions, in rank order.
     """
     parts: dict[Name, list[Tensor]] = {name: [] for name in kinds}
-    with inference(model):
+    with ranks.together("predicting"), inference(model):
         for block in _blocks(make_batches()):
             for name, statistics in kinds.items():
                 if statistics is None:
@@ -63,7 +67,12 @@ def predict_under(
                 else:
                     with statistics.applied_to(model), folded(model) if fold else nullcontext():
                         parts[name] += [_predict_batch(model, x, y) for _, x, y in block]
-    return {name: _gather(rows) for name, rows in parts.items()}
+        mine = {name: _joined(rows) for name, rows in parts.items()}
+        brought = ranks.gather(mine, "the predictions")
+        every = {name: torch.cat([rows[name] for rows in brought], dim=1) for name in kinds}
+        if not all(rows.shape[1] for rows in every.values()):
+            raise ranks.common(_no_samples())
+    return {name: _predictions(rows) for name, rows in every.items()}
 
 
 def _predict_batch(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -108,8 +117,16 @@ def _blocks(
         yield block
 
 
-def _gather(parts: list[Tensor]) -> Predictions:
-    if not parts:
-        raise UserError("there are no samples to evaluate on: the split is empty")
-    predicted, labels, loss, confidence = torch.cat(parts, dim=1).cpu().numpy()
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, dim=1).cpu() if parts else torch.zeros(4, 0)
+
+
+def _predictions(rows: Tensor) -> Predictions:
+    if not rows.shape[1]:
+        raise _no_samples()
+    predicted, labels, loss, confidence = rows.numpy()
     return Predictions(predicted.astype(np.int64), labels.astype(np.int64), loss, confidence)
+
+
+def _no_samples() -> UserError:
+    return UserError("there are no samples to evaluate on: the split is empty")

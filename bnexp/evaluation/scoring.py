@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from bnexp.errors import UserError
 from bnexp.evaluation.predictions import classified
 from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import inference
+from bnexp.ranks import Alone, Ranks
 from bnexp.statistics import batch_statistics
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -99,28 +102,70 @@ class Task:
 
 
 def scores_under(
-    model: nn.Module, batches: Iterable, settings: Mapping[Name, Setting], task: Task
+    model: nn.Module,
+    batches: Iterable,
+    settings: Mapping[Name, Setting],
+    task: Task,
+    ranks: Ranks = Alone(),
 ) -> dict[Name, Scores]:
     """Scores of the same samples under each of `settings`, in one pass over `batches`.
 
     Under `batch_statistics` a batch smaller than the one before it is filled up with that one's
     samples where they are tensors, so that every sample is normalized among equally many. The
-    model is as before afterwards, also after an exception.
+    model is as before afterwards, also after an exception. Ranks have the same batches (UserError
+    if not), each scores some of them, and all get the scores of all, in the order of the batches.
     """
     parts: dict[Name, list[Tensor]] = {name: [] for name in settings}
     before: Any = None
-    with inference(model):
-        for batch in batches:
+    with ranks.together("scoring"), inference(model):
+        alike = Alike(batches, ranks, "test")
+        for number, batch in enumerate(alike):
             missing = 0 if before is None else size_of(before) - size_of(batch)
-            for name, setting in settings.items():
-                with setting(model):
-                    if setting is batch_statistics and missing > 0:
-                        whole = _joined(before, batch, missing)
-                        parts[name].append(task.rows(model, whole)[:, missing:])
-                    else:
-                        parts[name].append(task.rows(model, batch))
+            if number % ranks.size == ranks.rank:
+                for name, setting in settings.items():
+                    with setting(model):
+                        if setting is batch_statistics and missing > 0:
+                            whole = _joined(before, batch, missing)
+                            parts[name].append(task.rows(model, whole)[:, missing:])
+                        else:
+                            parts[name].append(task.rows(model, batch))
             before = batch if missing <= 0 else before
-    return {name: _gather(rows, task) for name, rows in parts.items()}
+        alike.check()
+        every = ranks.gather(parts, "the scores")
+    return {name: _scores(_in_order([p[name] for p in every]), task) for name in settings}
+
+
+class Alike:
+    """Batches that all ranks must have alike; once gone through, `check` raises UserError on all
+    of them if they don't. what: the batches are, in words."""
+
+    def __init__(self, batches: Iterable, ranks: Ranks, what: str) -> None:
+        self._batches, self._ranks, self._what = batches, ranks, what
+        self._sum = 0
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        self._sum = 0
+        for batch in self._batches:
+            if self._ranks.size > 1:
+                for tensor in tensors_in(batch):
+                    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    self._sum = zlib.crc32(data.numpy(), self._sum)  # type: ignore[arg-type]
+            yield batch
+
+    def check(self) -> None:
+        sums = self._ranks.gather(self._sum, f"the {self._what} batches")
+        other = next((rank for rank, found in enumerate(sums) if found != sums[0]), None)
+        if other is not None:
+            raise self._ranks.common(
+                UserError(
+                    f"rank {other} has other {self._what} batches than rank 0: give all ranks the "
+                    "same in the same order, without a DistributedSampler; the work on them is "
+                    "split over the ranks here"
+                )
+            )
 
 
 @contextlib.contextmanager
@@ -284,12 +329,18 @@ def _checked(values: Any) -> Tensor:
     return values
 
 
-def _gather(parts: list[Tensor], task: Task) -> Scores:
-    if not parts:
+def _in_order(parts: list[list[Tensor]]) -> Tensor:
+    """The rows of all batches, from those of each rank, which had every so manieth."""
+    turns = itertools.zip_longest(*parts)
+    rows = [part.cpu() for turn in turns for part in turn if part is not None]
+    if not rows:
         raise UserError("there are no samples to test on: is the iterator used up?")
-    rows = torch.cat(parts, dim=1).cpu().numpy()
+    return torch.cat(rows, dim=1)
+
+
+def _scores(rows: Tensor, task: Task) -> Scores:
     if task.score is not None:
-        return Scores(rows[0].astype(np.float64))
-    predicted, labels, loss, confidence = rows
+        return Scores(rows[0].double().numpy())
+    predicted, labels, loss, confidence = rows.numpy()
     found = Predictions(predicted.astype(np.int64), labels.astype(np.int64), loss, confidence)
     return Scores(found.correct.astype(np.float64), found)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
 from bnexp.nn.find import batchnorm_layers
-from bnexp.statistics.statistics import Statistics
+from bnexp.statistics.statistics import Statistics, check_range
+from bnexp.tensor_files import load_tensors
 
 # Where several mappings fit a model equally well, the first of these is taken: the weights that
 # were trained before averages of them.
@@ -93,7 +94,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]):
-            return Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True))
+            return Checkpoint(path, load_tensors(path, strict=False))
     except OSError as error:
         raise UserError(f"weights {path}: {error.strerror or error}") from None
     except Exception as error:  # torch.load raises whatever its input leads it to
@@ -212,11 +213,8 @@ def write_mended(checkpoint: Checkpoint, found: Match, statistics: Statistics, o
             BUFFERS[:2], (statistics.mean[layer], statistics.var[layer]), strict=True
         ):
             theirs, like = _name_in_file(found, layer, buffer)
+            check_range(f"{buffer} of BN layer {layer!r}", values, state[like].dtype)
             new = values.detach().cpu().to(state[like].dtype)
-            if not bool(torch.isfinite(new).all()):
-                raise UserError(
-                    f"not mended: {theirs} is beyond what the file's {new.dtype} can hold"
-                )
             old = state.get(theirs)
             also = [n for n in state if old is not None and _same_memory(state[n], old)]
             tied = found.tied.get(f"{layer}.{buffer}" if layer else buffer, ())

@@ -5,9 +5,11 @@ Untouched, a layer does exactly what its parent class does. Beyond that, in trai
 * a `StatisticsTracker` gives the layer a `MomentsSlot`; the native kernel then leaves the batch
   mean and the unbiased batch variance there, at no cost, in place of updating running buffers;
 * `normalization_batch` makes it normalize over consecutive sub-batches (ghost batches);
+* `across` makes it normalize over a mini-batch of which other processes have the other samples;
 * `frozen` makes it normalize with its running buffers, as in inference, and update nothing.
 
-The last two are set on whole models by `bnexp.nn.modes`. `followed_class` does all this for
+The last three are set on whole models by `bnexp.nn.modes`. `bnexp.nn.renormalization` has layers
+that normalize otherwise. `followed_class` does all this for
 subclasses of `torch.nn`'s layers, of which only what `F.batch_norm` computes is then another.
 """
 
@@ -28,18 +30,23 @@ from bnexp.torch_internals import BatchNormBase, in_backward, in_transform
 # weight, bias and eps
 Affine = tuple[Tensor | None, Tensor | None, float]
 
+# input -> its normalized self, and of the mini-batch that it is a part of the mean, the unbiased
+# variance and the number of values per channel
+Across = Callable[[Tensor, Affine], tuple[Tensor, Tensor, Tensor, int]]
+
 
 class MomentsSlot:
     """Where one layer leaves the moments of its mini-batches for a tracker.
 
     `mean`, `var`: (C,) in the dtype of the running buffers; the mean and the unbiased variance of
-    the last mini-batch. `values`: how many values per channel it had. `filled`: there are
-    moments the tracker has not taken yet. `busy`: `feed` must be called before the layer may
-    write here again. `moved`: the layer's buffers may be other tensors now. `unused`: for now the
-    layer averages into its buffers by itself, as its parent class does.
+    the last mini-batch. `values`: how many values per channel it had. `parts`: of how many
+    sub-batches these are the averages. `filled`: there are moments the tracker has not taken yet.
+    `busy`: `feed` must be called before the layer may write here again. `moved`: the layer's
+    buffers may be other tensors now. `unused`: for now the layer averages into its buffers by
+    itself, as its parent class does.
     """
 
-    __slots__ = ("busy", "feed", "filled", "mean", "moved", "unused", "values", "var")
+    __slots__ = ("busy", "feed", "filled", "mean", "moved", "parts", "unused", "values", "var")
 
     def __init__(
         self, feed: Callable[[], None], mean: Tensor, var: Tensor, unused: bool = False
@@ -48,6 +55,7 @@ class MomentsSlot:
         self.mean = mean
         self.var = var
         self.values = 0
+        self.parts = 1
         self.filled = False
         self.busy = False
         self.moved = False
@@ -57,14 +65,17 @@ class MomentsSlot:
 class TrackedBatchNorm(BatchNormBase):
     # Class attributes, so that a torch.nn layer becomes one of ours by its `__class__` alone.
     normalization_batch: int | None = None
+    across: Across | None = None
     frozen: bool = False
     slot: MomentsSlot | None = None
+    # Whether training reads the running buffers; see `bnexp.nn.renormalization`.
+    reads_averages: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):  # a leaf of traced graphs, as torch.nn's layers are
             tracer = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-        if self.slot is None and self.normalization_batch is None and not self.frozen:
+        if self.slot is None and not self.is_set:
             return super().forward(input)
         if self._does_as_its_parent():
             return super().forward(input)
@@ -72,11 +83,16 @@ class TrackedBatchNorm(BatchNormBase):
         averages = self.track_running_stats and self.running_mean is not None
         return self._train(input, averages, (self.weight, self.bias, self.eps))
 
+    @property
+    def is_set(self) -> bool:
+        """Whether it normalizes in training as its parent class does not."""
+        own = self.frozen or self.reads_averages
+        return own or self.normalization_batch is not None or self.across is not None
+
     def _does_as_its_parent(self) -> bool:
         slot = self.slot
         if self.training:
-            alone = slot is None or slot.unused
-            return alone and self.normalization_batch is None and not self.frozen
+            return (slot is None or slot.unused) and not self.is_set
         if slot is not None and slot.busy:
             slot.feed()
         return True
@@ -88,17 +104,17 @@ class TrackedBatchNorm(BatchNormBase):
             weight, bias, eps = affine
             return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
         if not averages:
-            return self._normalize(input, None, None, affine)
+            return self._normalize(input, None, None, affine)[0]
         slot = self.slot
         if slot is None or slot.unused:
             return self._normalize_and_average(input, affine)
         if in_backward():
-            return self._normalize(input, slot.mean.clone(), slot.var.clone(), affine)
+            return self._normalize(input, slot.mean.clone(), slot.var.clone(), affine)[0]
         if slot.busy:
             slot.feed()
             slot = self.slot or slot  # a new one, if the layer has moved
         try:
-            output = self._normalize(input, slot.mean, slot.var, affine)
+            output, values = self._normalize(input, slot.mean, slot.var, affine)
         except RuntimeError as error:
             if not in_transform(input):
                 raise
@@ -106,21 +122,43 @@ class TrackedBatchNorm(BatchNormBase):
                 "a layer that a StatisticsTracker follows is called inside torch.vmap or another "
                 "transform of torch.func, where one input stands for many: close() it first"
             ) from error
-        values = input.numel() // self.num_features
         if values:  # torch computes no moments of an empty batch
             slot.values = values
+            size = self.normalization_batch
+            slot.parts = 1 if size is None else -(-input.shape[0] // size)
             slot.filled = slot.busy = True
         return output
 
     def _normalize(
         self, input: Tensor, mean: Tensor | None, var: Tensor | None, affine: Affine
-    ) -> Tensor:
+    ) -> tuple[Tensor, int]:
         """Normalize with batch statistics; leave (the average over sub-batches of) the batch mean
-        and the unbiased batch variance in `mean` and `var`, (C,) each, unless they are None."""
+        and the unbiased batch variance in `mean` and `var`, (C,) each, unless they are None. With
+        the number of values per channel in the mini-batch."""
+        if self.across is not None:
+            output, *found, values = self.across(input, affine)
+            with torch.no_grad():
+                for buffer, value in zip((mean, var), found, strict=True):
+                    if buffer is not None:
+                        buffer.copy_(value)
+            return output, values
         weight, bias, eps = affine
+        parts = self._parts(input)
+        values = input.numel() // self.num_features
+        if len(parts) == 1:
+            return F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps), values
+        # momentum 1, 1/2, 1/3, ... is the running average
+        outputs = [
+            F.batch_norm(part, mean, var, weight, bias, True, 1.0 / i, eps)
+            for i, part in enumerate(parts, start=1)
+        ]
+        return torch.cat(outputs), values
+
+    def _parts(self, input: Tensor) -> tuple[Tensor, ...]:
+        """What is normalized by itself: the whole input, or its ghost batches."""
         size = self.normalization_batch
         if size is None or input.shape[0] <= size:
-            return F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+            return (input,)
         parts = input.split(size)
         if parts[-1].numel() == self.num_features:
             raise UserError(
@@ -128,19 +166,13 @@ class TrackedBatchNorm(BatchNormBase):
                 f"a batch of {input.shape[0]}: a variance needs two; choose sizes where no part "
                 "has a single sample"
             )
-        # momentum 1, 1/2, 1/3, ... is the running average
-        return torch.cat(
-            [
-                F.batch_norm(part, mean, var, weight, bias, True, 1.0 / i, eps)
-                for i, part in enumerate(parts, start=1)
-            ]
-        )
+        return parts
 
     def _normalize_and_average(self, input: Tensor, affine: Affine) -> Tensor:
-        """Ghost batches without a tracker: one update of the running buffers per mini-batch."""
+        """Without a tracker: one update of the running buffers per mini-batch."""
         buffers = self.running_mean, self.running_var
         mean, var = (None if buffer is None else torch.zeros_like(buffer) for buffer in buffers)
-        output = self._normalize(input, mean, var, affine)
+        output, _ = self._normalize(input, mean, var, affine)
         with torch.no_grad():
             counter, momentum = self.num_batches_tracked, self.momentum
             if counter is not None:
@@ -213,16 +245,12 @@ class TrackedBatchNorm(BatchNormBase):
     def __prepare_scriptable__(self) -> TrackedBatchNorm:
         """`torch.jit.script` turns the layer back into its parent class, which it can compile."""
         plain = plain_class(self)
-        if (
-            plain is None
-            or self.slot is not None
-            or self.frozen
-            or self.normalization_batch is not None
-        ):
+        if plain is None or self.slot is not None or self.is_set:
             raise UserError(
-                f"TorchScript cannot compile a {type(self).__name__} that is tracked, frozen, has "
-                "ghost batches or is a subclass of bnexp's layers: close() the StatisticsTracker, "
-                "or call bnexp.nn.restore_batchnorm(model) first"
+                f"TorchScript cannot compile a {type(self).__name__} that is tracked, frozen, "
+                "renormalized, has ghost batches, spans processes or is a subclass of bnexp's "
+                "layers: close() the "
+                "StatisticsTracker, or call bnexp.nn.restore_batchnorm(model) first"
             )
         turn_into(self, plain)
         return self

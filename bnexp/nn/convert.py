@@ -96,7 +96,7 @@ def restore_batchnorm(model: Model) -> Model:
     """The inverse of `convert_batchnorm`: bnexp's layers become `torch.nn`'s again, in place.
 
     Layers of foreign classes that were taken over become theirs again. What only bnexp's layers
-    know (ghost batches, freezing) is forgotten. Returns `model`.
+    know (ghost batches, freezing, renormalization) is forgotten. Returns `model`.
 
     Raises:
         UserError: if a `StatisticsTracker` is attached; close it first.
@@ -106,7 +106,7 @@ def restore_batchnorm(model: Model) -> Model:
     for layer in model.modules():
         plain = plain_class(layer)
         if plain is not None:
-            for name in ("normalization_batch", "frozen"):
+            for name in ("normalization_batch", "across", "frozen", "limits"):
                 layer.__dict__.pop(name, None)
             turn_into(layer, plain)
     return model

@@ -64,6 +64,17 @@ def refuse_replicas(model: nn.Module) -> None:
             )
 
 
+def refuse_meetings(model: nn.Module) -> None:
+    """Raise UserError where a forward pass meets those of other ranks, who may have none to run."""
+    for name, module in original_module(model).named_modules():
+        data_parallel = isinstance(module, nn.parallel.DistributedDataParallel)
+        if data_parallel and module.process_group.size() > 1:
+            raise UserError(
+                f"{repr(name) if name else 'the model'} is a DistributedDataParallel, whose "
+                "forward pass waits for the other ranks': use the module inside, `.module`"
+            )
+
+
 def is_plain(layer: BatchNormBase) -> bool:
     """Whether the layer is batch normalization and nothing else, without a `forward` of its own."""
     return type(layer).forward in _PLAIN_FORWARDS and "forward" not in vars(layer)

@@ -1,4 +1,5 @@
-"""What a model's BN layers normalize with in training: ghost batches, or frozen statistics."""
+"""What a model's BN layers normalize with in training: ghost batches, the samples of several
+processes, or frozen statistics."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from bnexp.errors import UserError
-from bnexp.nn.batchnorm import TrackedBatchNorm
+from bnexp.nn.batchnorm import Across, TrackedBatchNorm
 from bnexp.nn.convert import followed_layers
 from bnexp.torch_internals import is_lazy
 
@@ -44,6 +45,21 @@ def set_normalization_batch(model: Model, size: int | None) -> Model:
         raise UserError(f"a normalization batch is a positive number of samples, not {size!r}")
     for layer in followed_layers(model).values():
         layer.normalization_batch = size
+    return model
+
+
+def normalize_across(model: Model, across: Across | None) -> Model:
+    """In training, normalize over mini-batches whose samples lie in several processes.
+
+    Every BN layer hands its input to `across` (see `bnexp.statistics.across.AcrossRanks`), and its
+    running buffers and estimators get the statistics of the whole mini-batch, alike in all
+    processes. Inference is untouched; None switches it off. It takes the place of ghost batches.
+
+    Mutates the layers of `model`, `torch.nn`'s and subclasses of these being converted in place;
+    returns `model`. Raises UserError if a layer is a `SyncBatchNorm`; nothing has changed then.
+    """
+    for layer in followed_layers(model).values():
+        layer.across = across
     return model
 
 

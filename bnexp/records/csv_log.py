@@ -48,3 +48,19 @@ class CsvLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Nowhere:
+    """Where a process writes its rows that is not to write the record."""
+
+    def append(self, rows: Iterable[Iterable[object]]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+RowLog = CsvLog | Nowhere

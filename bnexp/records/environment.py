@@ -16,15 +16,21 @@ from typing import Any
 _OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
-def describe_environment(seed: int, device: str, threads: int) -> dict[str, Any]:
-    """The content of a new run's environment.json. `threads` are torch's on a CPU, which decide
-    the last digits of its sums; `id` tells the run's checkpoints from those of others."""
+def describe_environment(
+    seed: int, device: str, threads: int, processes: int = 1
+) -> dict[str, Any]:
+    """The content of a new run's environment.json.
+
+    `threads` are torch's on a CPU, in each of the `processes`; both decide the last digits of
+    sums. `id` tells the run's checkpoints from those of others.
+    """
     return {
         "id": uuid.uuid4().hex,
         "created": _now(),
         "command": _command(),
         "seed": seed,
         "device": device,
+        "processes": processes,
         "threads": threads,
         "openmp": {name: os.environ[name] for name in _OPENMP if name in os.environ},
         "git_commit": _git_commit(),
@@ -38,12 +44,15 @@ def describe_environment(seed: int, device: str, threads: int) -> dict[str, Any]
     }
 
 
-def describe_resume(step: int, threads: int, changes: dict[str, Any]) -> dict[str, Any]:
+def describe_resume(
+    step: int, threads: int, changes: dict[str, Any], processes: int = 1
+) -> dict[str, Any]:
     """An entry of `resumes` in environment.json: when, from which step, with what changed."""
     return {
         "time": _now(),
         "step": step,
         "command": _command(),
+        "processes": processes,
         "threads": threads,
         "openmp": {name: os.environ[name] for name in _OPENMP if name in os.environ},
         "changes": changes,

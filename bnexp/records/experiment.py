@@ -92,10 +92,12 @@ class Run:
 
     @property
     def state(self) -> dict[str, Any]:
-        """`{"state", "step", "total_steps", "weights", "message"}`. The state is `killed` when a
-        run that says it is running no longer holds its lock, and `unknown` without the file."""
+        """`{"state", "step", "total_steps", "weights", "message", "diverged"}`; `diverged` says
+        that a failure was the training's own, which would repeat itself. The state is `killed`
+        when a run that says it is running no longer holds its lock, `unknown` without the file."""
         path = self.path / "state.json"
         state = {"step": 0, "total_steps": None, "weights": "last", "message": None}
+        state["diverged"] = False
         found = read_json(path)
         if found is None:
             return {"state": "unknown", **state}
@@ -106,6 +108,7 @@ class Run:
             raise UserError(f"{path} is damaged: its steps are no numbers of steps")
         if state["weights"] not in ("last", "best"):
             raise UserError(f"{path} is damaged: its weights are neither last nor best")
+        state["diverged"] = state["state"] == "failed" and state.get("diverged") is True
         if not isinstance(state["message"], str | None):
             raise UserError(f"{path} is damaged: its message is no text")
         if state["state"] == "running" and not self.is_locked():
@@ -181,18 +184,22 @@ class Run:
         ]
 
     def write_state(
-        self, state: str, step: int, total_steps: int, weights="last", message: str | None = None
+        self,
+        state: str,
+        step: int,
+        total_steps: int,
+        weights="last",
+        message: str | None = None,
+        diverged: bool = False,
     ) -> None:
-        self.write_json(
-            "state.json",
-            {
-                "state": state,
-                "step": step,
-                "total_steps": total_steps,
-                "weights": weights,
-                "message": message,
-            },
-        )
+        content = {
+            "state": state,
+            "step": step,
+            "total_steps": total_steps,
+            "weights": weights,
+            "message": message,
+        }
+        self.write_json("state.json", {**content, "diverged": True} if diverged else content)
 
     def write_json(self, filename: str, value: dict[str, Any]) -> None:
         self.write(filename, to_json(value))

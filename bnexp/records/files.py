@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
+from bnexp.atomic import open_ordinary
 from bnexp.errors import UserError
 
 MAX_BYTES = 256 * 2**20  # of a text that is parsed whole
@@ -33,16 +33,6 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes | None:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
 
 
-def open_ordinary(path: Path) -> BinaryIO:
-    """Open the file at `path` to read it. OSError as `open`; UserError, at once, where it is a
-    folder, a pipe or a device."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise UserError(f"{path} is damaged: it is no ordinary file")
-    return open(handle, "rb")
-
-
 def read_text(path: Path) -> str | None:
     """The same as UTF-8 text of a bounded size."""
     content = read_bytes(path, MAX_BYTES)
@@ -61,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse, parse_int=_whole)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999, lone surrogates
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
@@ -72,6 +62,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 from jinja2 import Template
 from markupsafe import Markup
+from pydantic import Field
 
 from bnexp.analysis import words
 from bnexp.analysis.comparison import Comparison
-from bnexp.analysis.findings import Gain, Halves
+from bnexp.analysis.findings import Finding, Gain, Halves
 from bnexp.analysis.sample_curve import CurvePoint, enough
+from bnexp.printable import all_printable, printable
+from bnexp.reading import naming, read
 from bnexp.records.audit import AuditRecord
 from bnexp.report.audit_curve import curve_picture
 from bnexp.report.audit_table import in_two_parts
@@ -23,14 +27,41 @@ CHANNELS = 200
 """Bars in a picture of a layer's channels; of more, those with the largest shares."""
 
 
+@dataclass(frozen=True)
+class _Attribution:
+    difference: float
+    explained: float
+    samples: int
+    layers: dict[str, float]
+    channels: dict[str, Annotated[list[float], Field(min_length=1)]]
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What findings.json holds: that of others is held to it before it is shown."""
+
+    summary: str
+    findings: list[Finding]
+    population_samples: int
+    attribution: _Attribution | None
+    halves: Halves | None
+    seconds: dict[str, float]
+    curve: list[CurvePoint] = field(default_factory=list)
+
+
 def render_record(record: AuditRecord) -> str:
-    """The page about an audit's folder. UserError where it is damaged."""
+    """The page about an audit's folder. UserError, naming the file, where it is damaged."""
+    findings = all_printable(record.findings)
+    with naming(record.path / "findings.json"):
+        findings |= asdict(read(_Findings, findings))
+    with naming(record.path / "comparison.json"):
+        comparison = Comparison.from_dict(all_printable(record.comparison))
     return render(
-        Comparison.from_dict(record.comparison),
-        record.findings,
-        title=record.path.name,
-        config=record.config,
-        environment=record.environment,
+        comparison,
+        findings,
+        title=printable(record.path.name),
+        config="\n".join(map(printable, record.config.split("\n"))),
+        environment=all_printable(record.environment),
     )
 
 
@@ -66,7 +97,7 @@ def _content(comparison: Comparison, findings: Mapping[str, Any]) -> dict[str, A
     attribution, halves = findings["attribution"], findings["halves"]
     if halves is not None:
         halves = Halves(**{**halves, "gain": Gain(**halves["gain"])})
-    curve = [CurvePoint.from_dict(point) for point in findings.get("curve", ())]
+    curve = [CurvePoint.from_dict(point) for point in findings["curve"]]
     return {
         "summary": findings["summary"],
         "mood": "orange" if any(not f["harmless"] for f in findings["findings"]) else "green",

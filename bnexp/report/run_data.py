@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bnexp.analysis.comparison import Comparison
-from bnexp.condition import Condition, label, made_by
+from bnexp.condition import Condition, Weights, label, made_by
 from bnexp.errors import UserError
-from bnexp.printable import printable
+from bnexp.printable import all_printable
+from bnexp.reading import naming
 from bnexp.records.files import read_json
 
 if TYPE_CHECKING:
@@ -63,21 +64,21 @@ class RunData:
     @classmethod
     def read(cls, run: Run) -> RunData:
         """UserError, naming the file, where one of the run's files is damaged."""
-        config = _printable(run.config)
+        config = all_printable(run.config)
         try:
             setup, made = _setup(config), made_by(config)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise UserError(f"{run.path}/config.yaml is damaged: {_printable(why)}") from None
+            raise UserError(f"{run.path}/config.yaml is damaged: {all_printable(why)}") from None
         return cls(
-            name=_printable(run.name),
-            path=_printable(str(run.path)),
+            name=all_printable(run.name),
+            path=all_printable(str(run.path)),
             config=config,
             setup=setup,
-            environment=_printable(run.environment),
-            state=_printable(run.state),
+            environment=all_printable(run.environment),
+            state=all_printable(run.state),
             steps=run.steps(),
-            evals=[_evaluation(_printable(row)) for row in run.evals()],
+            evals=[_evaluation(all_printable(row)) for row in run.evals()],
             comparison=_comparison(run),
             made=made,
             test_images=_test_images(run),
@@ -133,12 +134,18 @@ def _setup(config: Mapping[str, Any]) -> Setup:
         raise ValueError("training.ema_accuracy_decay is not below 1")
     return Setup(
         model=str(config["model"]["name"]),
-        data=str(config["data"]["name"]),
+        data=_data(config["data"]),
         seed=int(config.get("seed", 0)),
         batch_size=int(training["batch_size"]),
         ema_decay=decay,
         label_smoothing=float(training.get("label_smoothing", 0.0)),
     )
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    worse = config.get("corruption")
+    name = str(config["name"])
+    return f"{name} with {worse['name']} {worse['severity']} in testing" if worse else name
 
 
 def _evaluation(row: Mapping[str, Any]) -> Evaluation:
@@ -148,28 +155,17 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
 
 def _test_images(run: Run) -> str | None:
     try:
-        return repr((read_json(run.path / "data.json") or {})["splits"]["test"]["hashes"])
+        hashes = (read_json(run.path / "data.json") or {})["splits"]["test"]["hashes"]
+        worse = run.config["data"].get("corruption")
+        return f"{hashes} {worse}" if worse else repr(hashes)
     except (LookupError, TypeError):  # a run made before this was recorded
         return None
 
 
 def _comparison(run: Run) -> Comparison | None:
-    content = _printable(run.comparison())
+    content = all_printable(run.comparison())
     if content is None:
         return None
-    try:
-        return Comparison.from_dict(
-            content, "best" if content.get("weights") == "best" else "trained"
-        )
-    except UserError as error:
-        raise UserError(f"{run.path}/comparison.json is damaged: {error}") from None
-
-
-def _printable(value: Any) -> Any:
-    """The same with every text as it can be shown: a record may hold control characters, and
-    halves of characters, that neither a page nor a terminal takes."""
-    if isinstance(value, Mapping):
-        return {_printable(key): _printable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_printable(item) for item in value]
-    return printable(value) if isinstance(value, str) else value
+    with naming(run.path / "comparison.json"):
+        own: Weights = "best" if content.get("weights") == "best" else "trained"
+        return Comparison.from_dict(content, own)

@@ -23,7 +23,13 @@ NOT_THE_EXPERIMENT = (
     "expect",
 )
 # Keys of the data that are about training alone: the test images are the same.
-NOT_THE_TEST_SET = ("data.augment", "data.val_fraction", "data.workers", "data.limit.train")
+NOT_THE_TEST_SET = (
+    "data.augment",
+    "data.batches",
+    "data.val_fraction",
+    "data.workers",
+    "data.limit.train",
+)
 
 
 @dataclass(frozen=True)

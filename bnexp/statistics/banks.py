@@ -5,8 +5,8 @@ A bank keeps all estimators of its kind. What it does to tensors are the pure fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,12 @@ class Bank(Protocol):
 
     Made from rules by name and `start`, (2, C): the means and variances in the layers' running
     buffers then, in the dtype and on the device that sums are kept in.
+
+    linear: what it makes of the averages of several streams of mini-batches are the averages of
+        what it makes of each.
     """
+
+    linear: ClassVar[bool]
 
     def __init__(self, rules: Mapping[str, Any], start: Tensor) -> None: ...
 
@@ -42,6 +47,8 @@ class Averages:
 
     values: (E, 2, C); weight_sum: (E, 1, C); see `average_`.
     """
+
+    linear: ClassVar[bool] = True
 
     def __init__(self, rules: Mapping[str, Ema | Cumulative], start: Tensor) -> None:
         self._row = {name: row for row, name in enumerate(rules)}
@@ -73,6 +80,8 @@ class Pools:
 
     turn: (C,) int64, how many mini-batches a channel has had.
     """
+
+    linear: ClassVar[bool] = False
 
     def __init__(self, rules: Mapping[str, Pooled], start: Tensor) -> None:
         self._start = start
@@ -129,6 +138,27 @@ def average_(
     else:
         weight_sum.copy_(torch.where(seen, decay * weight_sum + 1, weight_sum))
         values.copy_(torch.where(seen, values.lerp(batch, weight_sum.reciprocal()), values))
+
+
+def merged_averages(
+    values: Sequence[Tensor], weight_sums: Sequence[Tensor], shares: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What `average_` would have made, in values and weight sums, of the ranks' mini-batches of
+    each step together: their averages, weighted by `shares`.
+
+    Sequences by rank, of (E, 2, C), (E, 1, C) and (C,): how many sub-batches a rank has per step;
+    0 where it has had none. Exact where ranks are alike. Mutates nothing.
+    """
+    weights = [w * share for w, share in zip(weight_sums, shares, strict=True)]
+    nobody = torch.stack(weights).sum(0) == 0  # then all are as they started
+    weights = [torch.where(nobody, 1.0, weight) for weight in weights]
+    total = torch.stack(weights).sum(0)
+
+    def mean(items: Sequence[Tensor]) -> Tensor:
+        offsets = [w * (item - items[0]) for w, item in zip(weights, items, strict=True)]
+        return items[0] + sum(offsets) / total
+
+    return mean(values), mean(weight_sums)
 
 
 def pool_(block: Tensor, count: Tensor, batch: Tensor, seen: Tensor | None = None) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import platform
 import threading
 import warnings
 from collections import Counter
@@ -23,17 +24,23 @@ from bnexp.nn.intercept import normalized_by
 from bnexp.statistics.forward import Done, Normalizer, Population, Task, copied, no_batches
 from bnexp.statistics.layer_by_layer import (
     Call,
+    Dependent,
+    GivenUp,
     PathsDiffer,
     PopulationCall,
     all_calls_together,
     by_layer,
+    give_up,
     layer_by_layer,
+    meet,
 )
 from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep, in_threads
 from bnexp.statistics.moments import Moments, moments
 from bnexp.statistics.spill import OffloadMode, OffloadStore, PassMemory, free_memory
 
 _log = logging.getLogger("bnexp.statistics")
+# Which batches are run again, by how many there are; the second of more.
+_CHECKED: dict[int, tuple[int, ...]] = {1: (), 2: (0, 1), 3: (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class MemoryEstimate:
     batches: how many there are, None if unknown. waiting: what one batch holds while it waits,
     at the BN layer (`layer`) where that is most: the layer's input, live skips, the model's
     input. working: the most that one batch holds while it runs. bound: what `memory` allows.
+    Of several ranks that share memory: all their batches; `working` for one of each rank's.
     """
 
     batches: int | None
@@ -74,10 +82,6 @@ class MemoryEstimate:
         return text
 
 
-class Dependent(Exception):
-    """Passes can't be interleaved, for the reason in the text."""
-
-
 class _PassFailed(Exception):
     """The model raised (`__cause__`) in the pass of batch `number`."""
 
@@ -92,13 +96,15 @@ def exact(task: Task) -> dict[str, Population]:
     In one sweep, or layer by layer where passes influence one another. `task.calls` "joint": of
     all calls of a layer together, if one is called several times.
     """
+    ranks = task.ranks
     # Whoever makes batches may use their memory again for the next.
     batches: Iterator[Any] = (copied(b) if task.held is None else b for b in task.batches)
     start = list(itertools.islice(batches, 2))
-    if not start:
-        raise no_batches()
-    probe = Probe.of(task, start[0])
-    several = [name for name, calls in Counter(c.name for c in probe.calls).items() if calls > 1]
+    probe = Probe.of(task, start[0]) if start else None
+    outlooks = ranks.gather(_Outlook.of(task, start, probe), "the first batches")
+    if not any(outlook.batches for outlook in outlooks):
+        raise ranks.common(no_batches())
+    several = list(dict.fromkeys(name for outlook in outlooks for name in outlook.several))
     if several and task.calls == "joint":
         return all_calls_together(task, [*start, *batches])
     if several:
@@ -107,29 +113,29 @@ def exact(task: Task) -> dict[str, Population]:
             "its own statistics, as in training; inference has one mean and variance for all of "
             "a layer's calls: calls='joint' gives those that it meets"
         )
-    if len(start) == 1:
-        return by_layer(PopulationCall.of([call]) for call in probe.calls)
-    reason = probe.change
-    if reason is not None:  # perhaps a cache, which is filled once: does it change again?
-        reason = Probe.of(task, start[1]).change
+    if sum(outlook.batches for outlook in outlooks) == 1:
+        return by_layer(_of_one_batch(task, probe))
+    reason = next((outlook.reason for outlook in outlooks if outlook.reason), None)
+    legs = 1 + max(outlook.calls for outlook in outlooks)
     if reason is None:
         try:
-            return by_layer(_swept(task, probe, itertools.chain(start, batches)))
-        except Dependent as dependent:
-            reason = str(dependent)
-            if task.held is None:
-                raise UserError(
-                    f"the model's forward passes influence one another ({reason}), so 'exact' "
-                    "needs each batch several times: pass a list of batches, or use "
-                    "method='pooled'"
+            return by_layer(_swept(task, probe, itertools.chain(start, batches), outlooks))
+        except GivenUp as given_up:
+            reason = str(given_up)
+            if not all(outlook.held for outlook in outlooks):
+                raise ranks.common(
+                    UserError(
+                        f"the model's forward passes influence one another ({reason}), so 'exact' "
+                        "needs each batch several times: pass a list of batches, or use "
+                        "method='pooled'"
+                    )
                 ) from None
-    passes = len(probe.calls) + 1
     _warn(
         f"the model's forward passes may influence one another ({reason}), so 'exact' runs them "
-        f"one after the other, once per BN layer: {passes} passes over the batches instead of one"
+        f"one after the other, once per BN layer: {legs} passes over the batches instead of one"
     )
     held = task.held or [*start, *batches]
-    task.report.start(passes * len(held))
+    task.report.start(legs * len(held))
     return by_layer(layer_by_layer(task, held))
 
 
@@ -191,13 +197,92 @@ class Probe:
         return MemoryEstimate(task.length, most.held, most.name, self.working, task.memory)
 
 
-def _swept(task: Task, probe: Probe, batches: Iterator) -> list[PopulationCall]:
-    """The population's calls by one sweep. Raises Dependent."""
-    estimate = probe.estimate(task)
+@dataclass(frozen=True)
+class _Outlook:
+    """What one rank has learned from its first two batches.
+
+    held: it can run its batches again. reason: why passes can't be interleaved. place: the memory
+    that `estimate` is about, which others may share.
+    """
+
+    batches: int
+    held: bool
+    calls: int
+    several: list[str]
+    reason: str | None
+    place: tuple[str, str]
+    estimate: MemoryEstimate | None
+
+    @staticmethod
+    def of(task: Task, start: list, probe: Probe | None) -> _Outlook:
+        place = platform.node(), str(task.device)
+        if probe is None:
+            return _Outlook(0, True, 0, [], None, place, None)
+        calls = Counter(call.name for call in probe.calls)
+        several = [name for name, number in calls.items() if number > 1]
+        reason = probe.change
+        if len(start) == 1 or (several and task.calls == "joint"):
+            reason = None  # nothing is interleaved
+        if reason is not None:  # perhaps a cache, which is filled once: does it change again?
+            reason = Probe.of(task, start[1]).change
+        if reason is not None and task.ranks.size > 1:
+            reason = f"rank {task.ranks.rank}: {reason}"
+        held = task.held is not None
+        estimate = probe.estimate(task)
+        return _Outlook(len(start), held, len(probe.calls), several, reason, place, estimate)
+
+
+def _shared(task: Task, outlooks: list[_Outlook]) -> tuple[MemoryEstimate, float]:
+    """What the ranks that share this one's memory need together, and this rank's share of it."""
+    place = outlooks[task.ranks.rank].place
+    needs = [o.estimate for o in outlooks if o.place == place and o.estimate is not None]
+    most = max(needs, key=lambda need: need.waiting)
+    batches = [need.batches for need in needs]
+    known = None if None in batches else sum(filter(None, batches))
+    share = task.length / known if known and task.length else 1 / len(needs)
+    working, bound = sum(need.working for need in needs), min(need.bound for need in needs)
+    return MemoryEstimate(known, most.waiting, most.layer, working, bound), share
+
+
+def _of_one_batch(task: Task, probe: Probe | None) -> list[PopulationCall]:
+    """The population's calls where one rank has all of it, in one batch: those of its pass."""
+    if probe is None:
+        return _followed(task)
+    found = [meet(task, [call]) for call in probe.calls]
+    meet(task, [None])
+    return [call for call in found if call is not None]
+
+
+def _followed(task: Task) -> list[PopulationCall]:
+    """The population's calls, on a rank without batches."""
+    return list(iter(lambda: meet(task, []), None))
+
+
+def _swept(
+    task: Task, probe: Probe | None, batches: Iterator, outlooks: list[_Outlook]
+) -> list[PopulationCall]:
+    """The population's calls by one sweep of all ranks. Raises GivenUp."""
+    if probe is None:
+        return _followed(task)
+    try:
+        population = _sweep(task, probe, batches, *_shared(task, outlooks))
+    except Dependent as dependent:
+        give_up(task, dependent)
+    meet(task, [None])
+    return population
+
+
+def _sweep(
+    task: Task, probe: Probe, batches: Iterator, estimate: MemoryEstimate, share: float
+) -> list[PopulationCall]:
+    """The population's calls by a sweep of this rank's batches. Raises Dependent, GivenUp.
+
+    share: of the memory that the estimate is about, what this rank may have.
+    """
     _log.info("exact: %s", estimate)
     task.report.note(str(estimate))
     legs = len(probe.calls) + (task.stop_after is None)
-    task.report.start(estimate.batches and estimate.batches * legs)
+    task.report.start(task.length and task.length * legs)
     path = [call.name for call in probe.calls]
     if estimate.elsewhere == 0:
         sweep = _Sweep(task, path, Lockstep())
@@ -208,24 +293,27 @@ def _swept(task: Task, probe: Probe, batches: Iterator) -> list[PopulationCall]:
     batches = itertools.chain([first], batches)
     del first
     host = 0 if task.device.type == "cpu" else free_memory(torch.device("cpu")) // 2
+    together = "" if task.ranks.size == 1 else " of all ranks here"
 
     def that_fit(number: int) -> str:
         return f"about {number * size} samples" if size else f"about {number} batches"
 
     if estimate.working > estimate.bound:
         raise UserError(
-            f"one batch needs {format_bytes(estimate.working)} and memory allows "
+            f"one batch{together and ' on each of the ranks here'} needs "
+            f"{format_bytes(estimate.working)} and memory allows "
             f"{format_bytes(estimate.bound)}: use smaller batches or raise memory"
         )
     room = estimate.bound - estimate.working + host + OffloadStore.disk_left()
     if estimate.total is not None and estimate.total - estimate.working > room:
         raise UserError(
-            f"exact needs {format_bytes(estimate.total)} for what waits, and memory, host "
-            f"and disk have {format_bytes(room)}: {that_fit(room // estimate.waiting)} would "
+            f"exact needs {format_bytes(estimate.total)} for what waits{together}, and memory, "
+            f"host and disk have {format_bytes(room)}: {that_fit(room // estimate.waiting)} would "
             "fit; use fewer, point TMPDIR at a larger disk, or use method='pooled'"
         )
-    with contextlib.closing(OffloadStore(host)) as store, OffloadMode(store) as mode:
-        lockstep = Lockstep(mode, estimate.bound, estimate.working)
+    store = OffloadStore(int(host * share))
+    with contextlib.closing(store), OffloadMode(store) as mode:
+        lockstep = Lockstep(mode, int(estimate.bound * share), int(estimate.working * share))
         try:
             sweep = _Sweep(task, path, lockstep, mode)
             sweep.run(batches)
@@ -312,11 +400,13 @@ class _Sweep:
 
     def _meet(self, items: list) -> object:
         """All batches have arrived: the population statistics of this call are final."""
-        if change := self._open or self._state.change():
+        if len(items) > 1 and (change := self._open or self._state.change()):
             raise Dependent(change)
-        call = PopulationCall.of([None if item is FINISHED else item for item in items])
+        call = meet(self._task, [None if item is FINISHED else item for item in items])
+        if call is None:
+            return STOP
         self.population.append(call)
-        for number in (0, 1) if len(items) <= 3 else (1,):
+        for number in _CHECKED.get(len(items), (1,)):
             self._seen.setdefault(number, []).append(items[number].moments)
         return STOP if call.name == self._task.stop_after else call.normalizer
 

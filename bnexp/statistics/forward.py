@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bnexp.errors import NotFinite, UserError
 from bnexp.nn.inference import ModelState
 from bnexp.nn.unseen import UnseenStatistics
+from bnexp.ranks import Ranks
 from bnexp.statistics.moments import Moments
 from bnexp.statistics.open_blocks import OpenBlocks
 from bnexp.statistics.pass_settings import PassSettings
@@ -53,6 +54,7 @@ class Task:
 
     given: the model as it was. memory: bound in bytes on what waits. stop_after: the last layer
     wanted, None for all. calls: what "exact" does with layers that are called several times.
+    ranks: who brings batches; `batches` are this rank's.
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class Task:
     stop_after: str | None
     calls: Calls
     report: Report
+    ranks: Ranks
 
     @property
     def held(self) -> Sequence | None:

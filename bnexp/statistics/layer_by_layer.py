@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from bnexp.statistics.forward import (
     non_finite,
 )
 from bnexp.statistics.moments import Moments, moments
+
+# Of a rank without batches, where it doesn't matter.
+_ANY = torch.float32
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class PathsDiffer(UserError):
         self.number = number
 
 
+class Dependent(Exception):
+    """This rank's passes can't be interleaved, for the reason in the text."""
+
+
+class GivenUp(Exception):
+    """All ranks have learned that passes can't be interleaved, for the reason in the text."""
+
+
 @dataclass(frozen=True)
 class PopulationCall:
     """The same call in the passes of all batches: its moments over the population."""
@@ -66,20 +77,66 @@ class PopulationCall:
     moments: Moments
     normalizer: Normalizer
 
-    @staticmethod
-    def of(calls: Sequence[Call | None]) -> PopulationCall:
-        """From where the batches' passes have come, in the order of batches; None is the end."""
-        names = [None if call is None else call.name for call in calls]
-        for number, name in enumerate(names):
-            if name != names[0]:
-                raise PathsDiffer(number, name, names[0])
-        reached = [call for call in calls if call is not None]
-        first = reached[0]
-        whole = _merged(first.name, [(n, call.moments) for n, call in enumerate(reached)])
-        wide = is_wide(whole, first.device)
-        return PopulationCall(
-            first.name, whole, Normalizer.of(whole, first.dtype, first.device, wide)
-        )
+
+@dataclass(frozen=True)
+class _Arrival:
+    """Where all passes of one rank have come: a BN layer and their moments; None is the end."""
+
+    name: str | None
+    moments: Moments | None = None
+
+
+def meet(task: Task, calls: Sequence[Call | None]) -> PopulationCall | None:
+    """The population's next call; None where the passes of all ranks have come to their end.
+
+    calls: where the passes of this rank have come, in the order of its batches; None is the end.
+    A rank without batches follows the others. Raises PathsDiffer for batches of this rank,
+    UserError for those of different ranks, GivenUp.
+    """
+    names = [None if call is None else call.name for call in calls]
+    for number, name in enumerate(names):
+        if name != names[0]:
+            raise PathsDiffer(number, name, names[0])
+    reached = [call for call in calls if call is not None]
+    mine = None
+    if reached:
+        parts = [(number, call.moments) for number, call in enumerate(reached)]
+        mine = _Arrival(reached[0].name, _merged(reached[0].name, parts))
+    elif calls:
+        mine = _Arrival(None)
+    arrivals = _gathered(task, mine)
+    first = next(iter(arrivals))
+    for rank, arrival in arrivals.items():
+        if arrival.name != arrivals[first].name:
+            raise task.ranks.common(
+                UserError(
+                    f"rank {rank} goes on to {_place(arrival.name)} where rank {first} goes on to "
+                    f"{_place(arrivals[first].name)}: the model's path depends on its data, so "
+                    "'exact' is not defined for it; use method='pooled'"
+                )
+            )
+    name = arrivals[first].name
+    if name is None:
+        return None
+    whole = _union(task, name, [a.moments for a in arrivals.values() if a.moments is not None])
+    dtype, device = (reached[0].dtype, reached[0].device) if reached else (_ANY, task.device)
+    wide = is_wide(whole, device)
+    return PopulationCall(name, whole, Normalizer.of(whole, dtype, device, wide))
+
+
+def give_up(task: Task, dependent: Dependent) -> NoReturn:
+    """Tell all ranks, at their next meeting."""
+    _gathered(task, str(dependent))
+    raise AssertionError("gathering a reason raises")
+
+
+def _gathered(task: Task, mine: _Arrival | str | None) -> dict[int, _Arrival]:
+    """What each rank that has batches brings. Raises GivenUp where one brings a reason."""
+    brought = task.ranks.gather(mine, "the next BN layer")
+    for rank, item in enumerate(brought):
+        if isinstance(item, str):
+            raise GivenUp(item if task.ranks.size == 1 else f"rank {rank}: {item}")
+    return {rank: item for rank, item in enumerate(brought) if isinstance(item, _Arrival)}
 
 
 def by_layer(population: Iterable[PopulationCall]) -> dict[str, Population]:
@@ -123,13 +180,16 @@ def layer_by_layer(task: Task, batches: Sequence) -> list[PopulationCall]:
         _run(task, batch, normalize)
         return arrived
 
-    while not population or population[-1].name != task.stop_after:
-        with random_states_kept(task.model):
-            calls = [arrive(batch) for batch in batches]
-        if not any(calls):
-            break
-        population.append(PopulationCall.of(calls))
-    return population
+    while True:
+        if population and population[-1].name == task.stop_after:
+            calls: list[Call | None] = [None] * len(batches)
+        else:
+            with random_states_kept(task.model):
+                calls = [arrive(batch) for batch in batches]
+        call = meet(task, calls)
+        if call is None:
+            return population
+        population.append(call)
 
 
 # Rounds until the statistics of all calls together must have settled, beyond one per layer.
@@ -177,7 +237,12 @@ def _round(task: Task, batches: Sequence, known: dict[str, Moments]) -> dict[str
     with random_states_kept(task.model):
         for number, batch in enumerate(batches):  # noqa: B007
             _run(task, batch, normalize)
-    return {name: _merged(name, calls) for name, calls in parts.items()}
+    mine = {name: _merged(name, calls) for name, calls in parts.items()}
+    everyone = task.ranks.gather(mine, "the end of a round")
+    return {
+        name: _union(task, name, [found[name] for found in everyone if name in found])
+        for name in dict.fromkeys(name for found in everyone for name in found)
+    }
 
 
 def _change(a: dict[str, Moments], b: dict[str, Moments]) -> float:
@@ -201,15 +266,22 @@ def _run(task: Task, batch: Any, normalize: Normalize) -> None:
 
 
 def _merged(name: str, calls: Sequence[tuple[int, Moments]]) -> Moments:
-    """The union of (batch number, moments) of one layer."""
+    """The union of (batch number, moments) of one layer, in the passes of this rank."""
     bad = first_non_finite([m for _, m in calls])
     if bad is not None:
         raise non_finite(name, calls[bad][0])
-    parts = [m for _, m in calls if m.count]
+    return Moments.merge([m for _, m in calls if m.count] or [calls[0][1]])
+
+
+def _union(task: Task, name: str, parts: Sequence[Moments]) -> Moments:
+    """What the ranks have of one layer, merged in their order."""
+    parts = [m for m in parts if m.count]
     if sum(part.count for part in parts) < 2:
-        raise UserError(
-            f"BN layer {name!r} has one value per channel over all batches: a variance needs at "
-            "least two"
+        raise task.ranks.common(
+            UserError(
+                f"BN layer {name!r} has one value per channel over all batches: a variance needs "
+                "at least two"
+            )
         )
     return Moments.merge(parts)
 

@@ -48,15 +48,18 @@ class Moments:
         """
         if len(parts) == 1:
             return parts[0]
-        means = torch.stack([part.mean for part in parts])
-        m2s = torch.stack([part.m2 for part in parts])
-        counts = means.new_tensor([part.count for part in parts])
-        count = sum(part.count for part in parts)
-        # Taken relative to one part's mean, so that a common offset costs no digits.
-        shifted = means - means[0]
-        delta = counts @ shifted / count
-        m2 = m2s.sum(0) + counts @ (shifted - delta).square_()
-        return Moments(count, means[0] + delta, m2)
+        counts = parts[0].mean.new_tensor([part.count for part in parts])
+        means, m2s = (torch.stack([getattr(p, name) for p in parts]) for name in ("mean", "m2"))
+        return Moments(sum(part.count for part in parts), *merge(counts, means, m2s))
+
+
+def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and m2, (C,) each, of the union of P sets with these counts (P,), means and m2 (P, C),
+    by the formula of `Moments.merge`. Mutates nothing."""
+    # Taken relative to one part's mean, so that a common offset costs no digits.
+    shifted = means - means[0]
+    delta = counts @ shifted / counts.sum()
+    return means[0] + delta, m2s.sum(0) + counts @ (shifted - delta).square_()
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Accumulator(Protocol):
 
     def add(self, parts: list[Moments]) -> None: ...
 
+    def join(self, others: Self) -> None:
+        """Take in what was accumulated of further mini-batches."""
+
     def result(self) -> Population: ...
 
 
@@ -48,6 +51,12 @@ class _BatchMean:
         self._batches += len(parts)
         self._count += sum(m.count for m in parts)
 
+    def join(self, others: Self) -> None:
+        self._mean = self._mean + others._mean
+        self._var = self._var + others._var
+        self._batches += others._batches
+        self._count += others._count
+
     def result(self) -> Population:
         mean, var = torch.as_tensor(self._mean), torch.as_tensor(self._var)
         return Population(mean / self._batches, var / self._batches, self._count)
@@ -61,6 +70,9 @@ class _Pooled:
 
     def add(self, parts: list[Moments]) -> None:
         self._merged = [Moments.merge([*self._merged, *parts])]
+
+    def join(self, others: Self) -> None:
+        self.add(others._merged)
 
     def result(self) -> Population:
         return Population.of(self._merged)
@@ -106,7 +118,12 @@ def _accumulated(task: Task, accumulator: type[Accumulator]) -> dict[str, Popula
             if number % _TOGETHER == _TOGETHER - 1:
                 accumulate()
             task.report.advance()
-    if number < 0:
-        raise no_batches()
     accumulate()
-    return {name: found.result() for name, found in accumulators.items()}
+    brought = task.ranks.gather((number + 1, accumulators), "the end of the batches")
+    if not any(batches for batches, _ in brought):
+        raise task.ranks.common(no_batches())
+    union: dict[str, Accumulator] = {}
+    for _, found in brought:
+        for name, part in found.items():
+            union.setdefault(name, accumulator()).join(part)
+    return {name: found.result() for name, found in union.items()}

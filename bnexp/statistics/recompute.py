@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
 
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.nn.find import batchnorm_layers, refuse_replicas
+from bnexp.nn.find import batchnorm_layers, refuse_meetings, refuse_replicas
 from bnexp.nn.inference import eagerly, inference
 from bnexp.nn.intercept import normalized_by
-from bnexp.ranks import Ranks, choose_ranks
+from bnexp.ranks import Alone, Ranks, choose_ranks
 from bnexp.statistics.exact import MemoryEstimate, exact, memory_estimate
 from bnexp.statistics.forward import Calls, Forward, Population, Runner, Task, device_of, need_two
 from bnexp.statistics.methods import Method
@@ -93,8 +94,11 @@ def recompute_statistics(
             on whatever device; its result is ignored.
         stop_after: name of the last BN layer wanted. Nothing behind its first call runs, and
             only layers reached by then are in the result.
-        ranks: which processes work together; in a process group of several ranks it must be
-            chosen.
+        ranks: `bnexp.TorchRanks()`: the population is the union of what all ranks bring, however
+            unequal, and every rank gets the same bits. All must call this, with the same weights
+            and arguments; one without samples gives no batches. What one rank raises, all raise,
+            with its number. Where ranks share a machine (a GPU), `memory` is for all of them
+            together. In a process group of several ranks it must be chosen.
 
     Returns:
         Statistics with float64 tensors on the CPU, `count` in values per channel. A layer called
@@ -114,14 +118,21 @@ def recompute_statistics(
         raise UserError(f"calls={calls!r} is unknown: choose {', '.join(get_args(Calls))}")
     if calls == "joint" and (method != "exact" or stop_after is not None):
         raise UserError("calls='joint' is of method='exact', without stop_after")
-    choose_ranks(ranks, "recomputing statistics")
+    ranks = choose_ranks(ranks, "recomputing statistics")
     with (
-        reporting(progress, method) as report,
-        prepared_task(model, batches, device, memory, forward, stop_after, calls, report) as task,
+        ranks.together("recomputing statistics"),
+        reporting(progress, method, ranks) as report,
+        prepared_task(
+            model, batches, device, memory, forward, stop_after, calls, report, ranks
+        ) as task,
     ):
+        asked = {"method": method, "calls": calls, "stop_after": stop_after}
+        ranks.agree(asked, "the arguments of recompute_statistics")
+        _agree_on_weights(task)
         found = METHODS[method](task)
-    unseen = task.run.unseen
-    unreached = [name for name in task.layers if name not in {*found, *unseen.read}]
+        unseen = task.run.unseen
+        read = {name for names in ranks.gather(unseen.read, "what was read") for name in names}
+    unreached = [name for name in task.layers if name not in {*found, *read}]
     if unreached and stop_after is None:
         warnings.warn(
             f"no batch reached BN layer{'s' * (len(unreached) > 1)} {', '.join(unreached)}: left "
@@ -165,10 +176,12 @@ def prepared_task(
     stop_after: str | None,
     calls: Calls,
     report: Report,
+    ranks: Ranks = Alone(),
 ) -> Iterator[Task]:
     """The task that these arguments mean, with the model in inference mode meanwhile."""
     model = original_module(model)
     refuse_replicas(model)
+    refuse_meetings(model)
     layers = batchnorm_layers(model)
     if not layers:
         raise UserError("the model has no BN layer, so there are no statistics to recompute")
@@ -184,9 +197,33 @@ def prepared_task(
         settings = PassSettings()
         run = Runner(model, device, forward, given, settings)
         try:
-            yield Task(model, given, layers, batches, run, device, bound, stop_after, calls, report)
+            yield Task(
+                model, given, layers, batches, run, device, bound, stop_after, calls, report, ranks
+            )
         finally:
             settings.restore()
+
+
+def _agree_on_weights(task: Task) -> None:
+    """Raise UserError unless all ranks' models have the same parameters."""
+    if task.ranks.size == 1:
+        return
+    sums = {name: _checksum(p) for name, p in task.model.named_parameters()}
+    every = task.ranks.gather(sums, "the weights")
+    for rank, other in enumerate(every):
+        for name in {**every[0], **other}:
+            if every[0].get(name) != other.get(name):
+                raise task.ranks.common(
+                    UserError(
+                        f"the ranks' models differ: parameter {name!r} of rank {rank} is not that "
+                        "of rank 0; load the same weights on all ranks"
+                    )
+                )
+
+
+def _checksum(tensor: Tensor) -> tuple[str, tuple[int, ...], int]:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return str(tensor.dtype), tuple(tensor.shape), zlib.crc32(flat.numpy())  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

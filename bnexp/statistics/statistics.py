@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
 from bnexp.nn.find import batchnorm_layers, flush
+from bnexp.tensor_files import load_tensors
 from bnexp.torch_internals import BatchNormBase
 
 _BUFFERS = ("running_mean", "running_var")
@@ -159,7 +160,9 @@ class Statistics:
         Raises UserError if the file is missing, damaged, or is not a Statistics file.
         """
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_tensors(Path(path))
+        except UserError as error:
+            raise UserError(f"statistics file {error}") from None
         except OSError as error:
             reason = error.strerror or "cannot be read"
             raise UserError(f"statistics file {path}: {reason}") from error

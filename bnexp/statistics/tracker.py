@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -21,8 +22,8 @@ from bnexp.errors import UserError
 from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm, turn_into
 from bnexp.nn.convert import followed_layers
 from bnexp.nn.find import batchnorm_layers, refuse_replicas
-from bnexp.ranks import Ranks, choose_ranks
-from bnexp.statistics.banks import Bank
+from bnexp.ranks import Alone, Ranks, choose_ranks
+from bnexp.statistics.banks import Bank, merged_averages
 from bnexp.statistics.rules import Rule
 from bnexp.statistics.statistics import Statistics, check_range
 from bnexp.torch_internals import BatchNormBase, outside_of_graphs, version
@@ -78,8 +79,16 @@ class StatisticsTracker:
             `F.batch_norm`.
         estimators: name -> rule. Before its first mini-batch, each reports the running buffers
             that the layer had when the tracker was made.
-        ranks: `bnexp.ranks.Alone()` to follow this rank's mini-batches alone in a process group
-            of several ranks.
+        ranks: `bnexp.TorchRanks()` in training with several ranks; see below. `bnexp.Alone()` to
+            follow this rank's mini-batches alone, as where BN normalizes across ranks.
+
+    **Over several ranks** the mini-batch of a step is what all ranks have in it: its mean and
+    variance are the averages over the ranks' (and over the sub-batches within them), as one process
+    with `normalization_batch` has them. All ranks make the tracker, and call `update` for every
+    step. `Ema` and `Cumulative` are linear in that, so each rank averages its own, which is what
+    its buffers show, until `merge`, `statistics`, `state_dict`, `load_state_dict` or `close` merge
+    the estimates, buffers included: to be called by all ranks alike. If there is another estimator,
+    every `update` gathers the step's moments, and all ranks are alike at any time.
 
     Raises:
         UserError: no estimators, something else than an estimator, a layer that can't be
@@ -99,9 +108,16 @@ class StatisticsTracker:
                 raise UserError(
                     f"estimator {name!r} is {rule!r}: use Ema(decay), Cumulative() or Pooled()"
                 )
-        choose_ranks(ranks, "a StatisticsTracker")
+        self._ranks = choose_ranks(ranks, "a StatisticsTracker")
         self.estimators = dict(estimators)
+        asked = {name: repr(rule) for name, rule in estimators.items()}
+        self._ranks.agree(asked, "the estimators of a StatisticsTracker")
+        several = self._ranks.size > 1
+        self._merges = several and all(rule.bank().linear for rule in estimators.values())
+        self._gathers = several and not self._merges
         self._layers, self._converted = _tracked_layers(model)
+        # Of each layer on this rank: mini-batches, and the sub-batches in them.
+        self._fed, self._parts = [0] * len(self._layers), [0] * len(self._layers)
         self._groups: list[_Group] = []
         self._closed = False
         # For layers inside a compiled graph: the update itself is not to be traced.
@@ -117,7 +133,33 @@ class StatisticsTracker:
         the forward pass, after a step outside of the graph.
         """
         if not self._closed:
-            self._take_in(self._adopt_moved_buffers())
+            self._take_in(self._adopt_moved_buffers(), meet=True)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Give all ranks the merged estimates, in their buffers too. To be called by all of them.
+
+        Waiting moments are fed first. Does no more than that without other ranks, and where every
+        update gathers. Ranks that had unequally many mini-batches count by theirs.
+        """
+        self.update()
+        if not self._merges or self._closed:
+            return
+        mine = self._collect()
+        widths = torch.tensor([layer.num_features for layer in self._layers.values()])
+        pairs = zip(self._parts, self._fed, strict=True)
+        shares = torch.tensor([parts / fed if fed else 0.0 for parts, fed in pairs])
+        shares = shares.double().repeat_interleave(widths)
+        every = self._ranks.gather((mine, shares), "the statistics of a tracker")
+        states = [state for state, _ in every]
+        mine["averages"], mine["mass"] = merged_averages(
+            [state["averages"] for state in states],
+            [state["mass"] for state in states],
+            [share for _, share in every],
+        )
+        mine["mini_batches"] = torch.stack([state["mini_batches"] for state in states]).amax(0)
+        self._distribute(mine)
+        self._show()
 
     def _feed_layer(self) -> None:
         """What a layer calls that needs its slot, or its buffers, now."""
@@ -132,11 +174,22 @@ class StatisticsTracker:
         slots = [slot for group in self._groups for slot in group.slots]
         self._take_in(any(slot.moved for slot in slots) and self._adopt_moved_buffers())
 
-    def _take_in(self, moved: bool) -> None:
+    def _take_in(self, moved: bool, meet: bool = False) -> None:
+        if self._merges:
+            self._count_parts()
         for group in self._groups:
-            group.update()
+            if self._gathers and (meet or group.waiting()):
+                group.update(self._ranks)
+            else:
+                group.update(Alone())
         if moved:
             self._move()
+
+    def _count_parts(self) -> None:
+        for group in self._groups:
+            for index, slot in zip(group.layer_index.tolist(), group.slots, strict=True):
+                self._fed[index] += slot.filled
+                self._parts[index] += slot.parts * slot.filled
 
     @torch.no_grad()
     def statistics(self) -> dict[str, Statistics]:
@@ -145,7 +198,7 @@ class StatisticsTracker:
         Tensors have the device and dtype of the layers' running buffers, so those of the first
         estimator equal the buffers. Waiting moments are fed first. Synchronizes with the device.
         """
-        self.update()
+        self.merge()
         result = {}
         batches = torch.zeros(len(self._layers), dtype=torch.int64)
         for group in self._groups:
@@ -175,7 +228,7 @@ class StatisticsTracker:
         `torch.load(..., weights_only=True)` can read it. The layers' buffers belong to the
         model's own `state_dict`; load that as well.
         """
-        self.update()
+        self.merge()
         return {
             "estimators": {name: repr(rule) for name, rule in self.estimators.items()},
             "layers": {name: layer.num_features for name, layer in self._layers.items()},
@@ -205,26 +258,26 @@ class StatisticsTracker:
             ):
                 raise UserError(f"the saved tracker state is damaged: {name!r} does not fit")
         self._distribute(state)
-        for group in self._groups:
-            fed = group.counts[1].cpu() > 0
-            group.show(fed.repeat_interleave(group.widths).to(group.shown.device))
+        self._show()
 
-    @torch.no_grad()
     def close(self) -> None:
         """Detach: the model is as plain as before, its buffers keep the first estimator's values.
 
         Waiting moments are fed first. `statistics` and `state_dict` can still be read afterwards.
         """
-        if self._closed:
-            return
-        self.update()
+        if not self._closed:
+            self.merge()
+            self._detach()
+
+    @torch.no_grad()
+    def _detach(self) -> None:
         self._closed = True
         for group in self._groups:
             for layer, views in group.views:
                 del layer.slot
                 layer._buffers.update({name: view.clone() for name, view in views})
         for layer, parent in self._converted:
-            if not layer.frozen and layer.normalization_batch is None:
+            if not layer.is_set:
                 turn_into(layer, parent)
 
     def __enter__(self) -> StatisticsTracker:
@@ -236,7 +289,10 @@ class StatisticsTracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None or self._ranks.size == 1:
+            self.close()
+        elif not self._closed:  # the other ranks may be anywhere
+            self._detach()
 
     def _attach(self) -> None:
         """Group the layers by device and dtype, and give them slots and buffers in our memory.
@@ -252,6 +308,12 @@ class StatisticsTracker:
                 _Group(self.estimators, self._feed, self._layers, index, device)
                 for (device, _), index in kinds.items()
             ]
+
+    def _show(self) -> None:
+        """Write the first estimator into the buffers of the layers that had mini-batches."""
+        for group in self._groups:
+            fed = group.counts[1].cpu() > 0
+            group.show(fed.repeat_interleave(group.widths).to(group.shown.device))
 
     def _move(self) -> None:
         """Follow layers that have other buffers now, keeping every number."""
@@ -374,21 +436,27 @@ class _Group:
         self.count = self.start[0]
         self.seen: dict[tuple[bool, ...], tuple[Tensor, Tensor]] = {}
 
-    def update(self) -> None:
+    def waiting(self) -> bool:
+        return any(slot.filled for slot in self.slots)
+
+    def update(self, ranks: Ranks) -> None:
         filled = tuple(slot.filled for slot in self.slots)
         for slot in self.slots:
             slot.filled = slot.busy = slot.moved = False
         if version(self.buffers) != self.known_version:
             self.bank_of[self.shows].follow(self.shows, self.shown)
             self.known_version = version(self.buffers)
+        batch, values = self.batch, [slot.values for slot in self.slots]
+        if ranks.size > 1:
+            batch, values, filled = self._of_all(ranks, values, filled)
         if not any(filled):
             return
         channels, layers = (None, 1) if all(filled) else self._which(filled)
-        batch = self.batch.to(self.start.dtype)
         if self.half:
-            self._check_half_precision()
+            _check_half_precision(batch)
+        batch = batch.to(self.start.dtype)
         for bank in self.banks.values():
-            bank.update(batch, self._counts, channels)
+            bank.update(batch, partial(self._counts, values), channels)
         self.counts.add_(layers)
         self.show(channels)
 
@@ -402,20 +470,29 @@ class _Group:
             self.seen[filled] = layers.repeat_interleave(self.widths).to(device), layers.to(device)
         return self.seen[filled]
 
-    def _check_half_precision(self) -> None:
-        """The kernel left a variance beyond 65504 as infinity; of an input with infinities in it
-        the mean is infinite too."""
-        mean, var = self.batch
-        if bool((mean.isfinite() & var.isinf()).any()):
-            raise UserError(
-                "the variance of a mini-batch in a BN layer is beyond 65504, the largest number of "
-                "its float16 buffers: keep BN layers in float32 (layer.float(); inputs may be of "
-                "less)"
-            )
+    def _of_all(
+        self, ranks: Ranks, values: list[int], filled: tuple[bool, ...]
+    ) -> tuple[Tensor, list[int], tuple[bool, ...]]:
+        """The mini-batch of all ranks: moments averaged over their sub-batches, values per channel
+        by layer, and which layers ran on any of them."""
+        parts = [slot.parts if ran else 0 for slot, ran in zip(self.slots, filled, strict=True)]
+        every = ranks.gather((self.batch, values, parts), "a mini-batch of a tracker")
+        shares = torch.tensor([share for *_, share in every], dtype=torch.float64)
+        weights = shares.repeat_interleave(self.widths, 1)
+        moments = [
+            torch.where(weight > 0, batch * weight, 0.0)
+            for (batch, *_), weight in zip(every, weights, strict=True)
+        ]
+        batch = (sum(moments) / weights.sum(0).clamp_min(1)).to(self.start.device)
+        ran = (shares > 0).tolist()
+        values = [
+            sum(of_rank[i] for (_, of_rank, _), there in zip(every, ran, strict=True) if there[i])
+            for i in range(len(self.slots))
+        ]
+        return batch, values, tuple(any(there) for there in zip(*ran, strict=True))
 
-    def _counts(self) -> Tensor:
+    def _counts(self, values: list[int]) -> Tensor:
         """(C,) values per channel in this mini-batch, uploaded when they change."""
-        values = [slot.values for slot in self.slots]
         if values != self.values:
             count = torch.tensor(values).repeat_interleave(self.widths)
             self.count = count.to(self.start.device, self.start.dtype)
@@ -444,6 +521,17 @@ class _Group:
             ("untouched", self.start, 1, *of_channels),
             *((name, tensor, tensor.dim() - 1, *of_channels) for name, tensor in banks.items()),
         ]
+
+
+def _check_half_precision(batch: Tensor) -> None:
+    """The kernel left a variance beyond 65504 as infinity; of an input with infinities in it the
+    mean is infinite too."""
+    mean, var = batch
+    if bool((mean.isfinite() & var.isinf()).any()):
+        raise UserError(
+            "the variance of a mini-batch in a BN layer is beyond 65504, the largest number of its "
+            "float16 buffers: keep BN layers in float32 (layer.float(); inputs may be of less)"
+        )
 
 
 def _tracked_layers(model: nn.Module) -> tuple[dict[str, TrackedBatchNorm], list[_Conversion]]:

@@ -13,10 +13,14 @@ from bnexp.condition import Weights
 from bnexp.config import Config
 from bnexp.config.schema import DataConfig
 from bnexp.data import Augmentation, Data, DataSettings, load_data
+from bnexp.data.corruption import Corruption
 from bnexp.errors import UserError
 from bnexp.networks import build_model
+from bnexp.networks.given import GivenWeights, load_given
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
 from bnexp.nn.find import batchnorm_layers
+from bnexp.nn.renormalization import PAPER, RenormLimits
+from bnexp.ranks import Alone, Ranks
 from bnexp.statistics import Ema, StatisticsTracker
 from bnexp.statistics.rules import Estimator
 from bnexp.training.averages import EmaWeights, SwaWeights, WeightAverage
@@ -24,13 +28,15 @@ from bnexp.training.checkpoints import BEST, BEST_ON_TEST
 from bnexp.training.guards import Best, Collapse, EarlyStopping, Plateau
 from bnexp.training.metrics import EmaAccuracy
 from bnexp.training.optimizer import build_optimizer
+from bnexp.training.processes import ALONE, Processes, join_processes
 from bnexp.training.schedule import learning_rate
 from bnexp.training.state import TrainingState
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training: what its config says, what it reads, and the state that its steps change."""
+    """A training: what its config says, what it reads, the state that its steps change, and the
+    processes that compute them."""
 
     config: Config
     device: torch.device
@@ -38,6 +44,16 @@ class Training:
     state: TrainingState
     steps_per_epoch: int
     total_steps: int
+    processes: Processes = ALONE
+    given: GivenWeights | None = None
+    """What `model.weights` were, where they were loaded."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines to be said when it starts, about its data and its weights."""
+        worse = self.config.data.corruption
+        corrupted = (f"test images: {worse.name}, severity {worse.severity}",) if worse else ()
+        return (*self.data.remarks, *corrupted, *(self.given.remarks if self.given else ()))
 
     @property
     def best_file(self) -> str | None:
@@ -57,11 +73,19 @@ class Training:
         )
 
 
-def build_training(config: Config, device: torch.device, data: Data | None = None) -> Training:
-    """A training at its step 0. `data` takes the place of what the config names.
+def build_training(
+    config: Config,
+    device: torch.device,
+    data: Data | None = None,
+    ranks: Ranks = Alone(),
+    begin: bool = True,
+) -> Training:
+    """A training at its step 0. `data` takes the place of what the config names; all of `ranks`
+    make theirs alike. Without `begin`, where a checkpoint will be loaded, `model.weights` are not
+    looked for.
 
     Seeds torch's global generator, from which the initial weights and dropout draw. UserError
-    where the data or the network are not what the config needs.
+    where the data, the network or its weights are not what the config needs.
     """
     training = config.training
     data = data or load_data(data_settings(config.data), seed=config.seed, device=device)
@@ -70,14 +94,23 @@ def build_training(config: Config, device: torch.device, data: Data | None = Non
     if "batch" in config.test.statistics and len(data.test) < 2:
         raise UserError("test.statistics has batch, and there is one test image only")
     model = build_network(config, data, device)
+    given = None
+    if begin and config.model.weights is not None:
+        given = load_given(config.model.weights, config.model.name, model)
     if training.batch_size == 1 and batchnorm_layers(model):
         _refuse_single_values(model, data, config.model.name)
     steps_per_epoch = data.train.steps_per_epoch(training.batch_size)
     total_steps = training.steps or max(1, round((training.epochs or 0) * steps_per_epoch))
     stopping = training.early_stopping
+    if ranks.size > 1 and config.model.norm in ("batch-renorm", "moving-average"):
+        raise UserError(
+            f"model.norm {config.model.norm} normalizes with running averages in training, which "
+            "is not possible with several processes: train it with one"
+        )
+    processes = join_processes(config, ranks, model, lambda: _sample(data))
     state = TrainingState(
         device=device,
-        tracker=track(model, config),
+        tracker=track(model, config, ranks),
         model=model,
         optimizer=build_optimizer(training.optimizer, model),
         scaler=torch.amp.GradScaler(device.type, enabled=training.precision == "float16"),
@@ -87,10 +120,11 @@ def build_training(config: Config, device: torch.device, data: Data | None = Non
         plateau=Plateau(training.schedule),
         best=EarlyStopping(stopping) if stopping else Best(),
     )
-    return Training(config, device, data, state, steps_per_epoch, total_steps)
+    return Training(config, device, data, state, steps_per_epoch, total_steps, processes, given)
 
 
 def data_settings(config: DataConfig) -> DataSettings:
+    worse = config.corruption
     return DataSettings(
         name=config.name,
         root=config.root,
@@ -100,12 +134,15 @@ def data_settings(config: DataConfig) -> DataSettings:
         workers=config.workers,
         limit_train=config.limit.train,
         limit_test=config.limit.test,
+        classes_per_batch=config.batches.classes,
+        corruption=Corruption(worse.name, worse.severity) if worse else None,
     )
 
 
 def build_network(config: Config, data: Data, device: torch.device) -> nn.Module:
     """The config's network for these data, its weights drawn from the config's seed."""
     torch.manual_seed(config.seed)
+    limits = config.model.renorm
     model = build_model(
         config.model.name,
         channels=data.info.channels,
@@ -113,6 +150,7 @@ def build_network(config: Config, data: Data, device: torch.device) -> nn.Module
         num_classes=len(data.info.classes),
         norm=config.model.norm,
         eps=config.model.eps,
+        renorm=RenormLimits(**limits.model_dump()) if limits else PAPER,
     ).to(device)
     if config.performance.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -121,12 +159,14 @@ def build_network(config: Config, data: Data, device: torch.device) -> nn.Module
     return model
 
 
-def track(model: nn.Module, config: Config) -> StatisticsTracker | None:
+def track(model: nn.Module, config: Config, ranks: Ranks = Alone()) -> StatisticsTracker | None:
     """The config's online estimators on the BN layers of `model`, the running averages first;
     None where it has no such layers."""
     if not batchnorm_layers(model):
         return None
-    tracker = StatisticsTracker(model, _estimators(config))
+    # Layers that normalize across ranks have the whole mini-batch's statistics on each of them.
+    parts = ranks if config.statistics.normalization_batch else Alone()
+    tracker = StatisticsTracker(model, _estimators(config), ranks=parts)
     if config.statistics.normalization_batch:
         set_normalization_batch(model, config.statistics.normalization_batch)
     return tracker
@@ -144,7 +184,13 @@ def freeze_when_due(training: Training) -> None:
     """From `statistics.freeze_from_step` on, normalize with the running statistics."""
     freeze_from, state = training.config.statistics.freeze_from_step, training.state
     if freeze_from is not None and state.step >= freeze_from and state.tracker:
+        state.merge()
         freeze_batchnorm(state.model)
+
+
+def _sample(data: Data) -> torch.Tensor:
+    """Some inputs of the network: two, of which BN layers can tell a variance."""
+    return next(iter(data.train.batches(2)))[0]
 
 
 def _estimators(config: Config) -> dict[str, Estimator]:

@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, checked when read, and never able to run code.
 
-A checkpoint is what `torch.save` writes: a zip archive whose entries carry CRC-32 checksums.
-torch does not verify them when it reads; `load_checkpoint` does.
+A checkpoint is what `torch.save` writes; its checksums are verified when it is read.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import pickle
 import re
 import shutil
 import stat
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,11 @@ import torch
 
 from bnexp.atomic import replacing, write_atomically
 from bnexp.errors import UserError
-from bnexp.records.files import open_ordinary
+from bnexp.tensor_files import load_tensors
 
 FORMAT = 2
 BEST = "best.pt"
 BEST_ON_TEST = "best-on-test.pt"
-_UNREADABLE = (RuntimeError, EOFError, ValueError, KeyError, NotImplementedError, OSError)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: str | None) -> Path:
@@ -110,21 +106,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     not bnexp's, or if it holds anything but plain data; nothing in it is ever executed.
     """
     try:
-        with open_ordinary(path) as file:
-            _verify(file)
-            file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except PermissionError:
         raise  # not to be taken for damage, and passed over
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than plain data and was not loaded: it could run code"
         ) from None
-    except (zipfile.BadZipFile, zlib.error, *_UNREADABLE) as error:
+    except Exception as error:  # torch.load raises whatever its input leads it to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is damaged: {reason}") from None
     if not isinstance(state, dict) or state.get("format") not in (1, FORMAT):
@@ -153,16 +146,6 @@ def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
         if set(former.values()) <= state.keys():
             state[guard] = {new: state.pop(old) for new, old in former.items()}
     return {**state, "format": FORMAT}
-
-
-def _verify(file: Any) -> None:
-    """BadZipFile unless every entry is as torch writes it and has the checksum it claims."""
-    with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr:
-                raise zipfile.BadZipFile(f"the header of {entry.filename} is wrong")
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:

@@ -62,6 +62,13 @@ class Silent:
         warnings.warn(text, stacklevel=2)
 
 
+class Mute(Silent):
+    """Of the processes of a training all but one: what they would say, that one says."""
+
+    def warn(self, text: str) -> None:
+        pass
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True  # rich would end the process

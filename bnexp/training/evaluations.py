@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -13,11 +13,10 @@ from bnexp.analysis.comparison import Comparison
 from bnexp.analysis.predictions import Predictions
 from bnexp.condition import Condition, Weights, made_by
 from bnexp.data import Split
-from bnexp.errors import NotFinite, RunFailed
+from bnexp.errors import Diverged, NotFinite
 from bnexp.evaluation.evaluate import Evaluation, Source, compare_evaluation, evaluate
 from bnexp.training.averages import with_parameters
 from bnexp.training.build import Training, autocast
-from bnexp.training.checkpoints import load_checkpoint
 from bnexp.training.display import Display
 from bnexp.training.logs import Logs
 from bnexp.training.state import load_weights
@@ -79,10 +78,11 @@ class Evaluations:
                     sources = {condition: sources[condition] for condition in shown}
                 self._averaged |= self._evaluate(model, sources)
 
-    def evaluate_best(self, checkpoint: Path) -> None:
-        """Take the weights of the best evaluation, and evaluate these instead of the last."""
+    def evaluate_best(self, kept: Mapping[str, Any]) -> None:
+        """Take the weights of the best evaluation, out of what a checkpoint kept of it, and
+        evaluate these instead of the last."""
         state = self._training.state
-        load_weights(state.model, state.tracker, load_checkpoint(checkpoint))
+        load_weights(state.model, state.tracker, kept)
         with self._inference():
             sources = self._sources(state.model, recompute=True, weights="best")
             self._own = self._evaluate(state.model, sources)
@@ -90,7 +90,8 @@ class Evaluations:
     def compare(self) -> Comparison:
         """All that was evaluated last, against the running averages."""
         training, config = self._training, self._training.config
-        subject = run_subject(training.state.model, training.data, config)
+        ranks = training.processes.ranks
+        subject = run_subject(training.state.model, training.data, config, ranks=ranks)
         made = made_by(config.model_dump(mode="json"))
         with autocast(config, training.device):
             return compare_evaluation(subject, self._own | self._averaged, made)
@@ -101,7 +102,7 @@ class Evaluations:
         training, wanted = self._training, self._training.config.test.statistics
         own = weights in ("trained", "best")
         return run_sources(
-            run_subject(model, training.data, training.config),
+            run_subject(model, training.data, training.config, ranks=training.processes.ranks),
             training.state.estimates(),
             training.config,
             recompute=recompute or "recomputed" in wanted,
@@ -113,17 +114,18 @@ class Evaluations:
         self, model: nn.Module, sources: Mapping[Condition, Source], split: Split | None = None
     ) -> Evaluation:
         training, config = self._training, self._training.config
-        subject = run_subject(model, training.data, config, split)
+        ranks = training.processes.ranks
+        subject = run_subject(model, training.data, config, split, ranks)
         return evaluate(subject, sources, fold=config.performance.fold_batchnorm)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """As the training computes; RunFailed where it has diverged by then."""
+        """As the training computes; Diverged where it has by then."""
         try:
             with autocast(self._training.config, self._training.device):
                 yield
         except NotFinite as error:
-            raise RunFailed(
+            raise Diverged(
                 f"diverged: at step {self._training.state.step} with learning rate "
                 f"{self._logs.lr:.3g} the activations are no longer finite ({error}); "
                 "lower training.optimizer.lr"

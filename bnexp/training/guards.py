@@ -6,7 +6,7 @@ import math
 from typing import ClassVar
 
 from bnexp.config.schema import EarlyStoppingConfig, PlateauSchedule, ScheduleConfig
-from bnexp.errors import RunFailed
+from bnexp.errors import Diverged
 from bnexp.training.stateful import Stateful
 
 # The EMA accuracy has collapsed when it once was this far above chance, and has now been
@@ -27,13 +27,13 @@ class Collapse(Stateful):
         self.checks_at_chance = 0
 
     def observe(self, step: int, lr: float, ema_accuracy: float) -> None:
-        """Take the EMA accuracy after `step`. RunFailed if it has collapsed."""
+        """Take the EMA accuracy after `step`. Diverged if it has collapsed."""
         self.best = max(self.best, ema_accuracy)
         learned = self.best > self.chance + LEARNED * (1 - self.chance)
         at_chance = ema_accuracy < self.chance + COLLAPSED * (1 - self.chance)
         self.checks_at_chance = self.checks_at_chance + 1 if learned and at_chance else 0
         if self.checks_at_chance >= COLLAPSED_CHECKS:
-            raise RunFailed(
+            raise Diverged(
                 f"collapsed: by step {step} the EMA training accuracy has long been at chance "
                 f"({ema_accuracy:.1%}) after {self.best:.1%} (learning rate {lr:.3g}); "
                 "lower training.optimizer.lr"

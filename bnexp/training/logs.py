@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bnexp.evaluation.evaluate import Evaluation
 from bnexp.records import EVAL_COLUMNS, STEP_COLUMNS, CsvLog, Run
+from bnexp.records.csv_log import Nowhere, RowLog
 from bnexp.training.build import Training
 from bnexp.training.display import Display
 from bnexp.training.metrics import StepLog
@@ -21,8 +22,12 @@ class Logs:
         config, state = training.config, training.state
         self._run = run
         self._display = display
-        self._steps_csv = CsvLog(run.path / "steps.csv", STEP_COLUMNS, last_step=state.step)
-        self._evals_csv = CsvLog(run.path / "evals.csv", EVAL_COLUMNS, last_step=state.step)
+        self._writes = training.processes.writes
+        self._steps_csv: RowLog = Nowhere()
+        self._evals_csv: RowLog = Nowhere()
+        if self._writes:
+            self._steps_csv = CsvLog(run.path / "steps.csv", STEP_COLUMNS, last_step=state.step)
+            self._evals_csv = CsvLog(run.path / "evals.csv", EVAL_COLUMNS, last_step=state.step)
         self._steps = StepLog(
             self._steps_csv,
             state.ema_accuracy,
@@ -30,11 +35,12 @@ class Logs:
             training.steps_per_epoch,
             min(config.training.check_every, training.total_steps),
             training.device,
+            training.processes,
         )
         self.lr = training.learning_rate
         """Of the last step."""
         self._events: Events | None = None
-        if config.logging.tensorboard:
+        if config.logging.tensorboard and self._writes:
             self._events = Events(run.path / "tensorboard", first_step=state.step)
 
     @property
@@ -48,7 +54,7 @@ class Logs:
         self._steps.record(step, lr, loss, correct)
 
     def flush(self) -> None:
-        """Write the rows of all steps so far. RunFailed if a loss is not finite."""
+        """Write the rows of all steps so far. Diverged if a loss is not finite."""
         rows = self._steps.flush()
         self._tell_events(lambda events: events.steps(rows))
 
@@ -57,8 +63,9 @@ class Logs:
         self._tell_events(lambda events: events.evaluation(rows, found, eps))
 
     def drop_evaluations_from(self, step: int) -> None:
-        self._evals_csv.close()
-        self._evals_csv = CsvLog(self._run.path / "evals.csv", EVAL_COLUMNS, last_step=step - 1)
+        if self._writes:
+            self._evals_csv.close()
+            self._evals_csv = CsvLog(self._run.path / "evals.csv", EVAL_COLUMNS, last_step=step - 1)
 
     def sync(self) -> None:
         self._steps_csv.sync()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bnexp.analysis.comparison import Comparison
-from bnexp.errors import Interrupted, RunFailed
+from bnexp.errors import Diverged, Interrupted
 from bnexp.records import Run
 from bnexp.training.build import Training, autocast, freeze_when_due
-from bnexp.training.checkpoints import BEST, restore_best, save_checkpoint
+from bnexp.training.checkpoints import BEST, load_checkpoint, restore_best, save_checkpoint
 from bnexp.training.display import Display
 from bnexp.training.evaluations import Evaluations
 from bnexp.training.logs import Logs
+from bnexp.training.processes import Wishes, by_rank_0
 from bnexp.training.schedule import CheckpointClock
 from bnexp.training.signals import Interruption
 
@@ -34,13 +35,14 @@ class Result:
 def train(run: Run, training: Training, display: Display, interruption: Interruption) -> Result:
     """Train to the end, logging into `run`, and compare the model's statistics there.
 
-    Goes on from `training.state`. Raises RunFailed when the loss is not finite or the accuracy
+    Goes on from `training.state`. Raises Diverged when the loss is not finite or the accuracy
     collapses, and Interrupted after a first signal, with a checkpoint written.
     """
     with Logs(run, training, display) as logs, interruption:
         evaluations = Evaluations(training, logs, display)
         if training.state.step < training.total_steps and not training.state.stopped:
-            train_steps(run, training, display, logs, evaluations, interruption)
+            with training.processes.stepping():
+                train_steps(run, training, display, logs, evaluations, interruption)
         interruption.at_once()
         return finish(run, training, logs, evaluations)
 
@@ -56,22 +58,31 @@ def train_steps(
     """The steps that are left, with looks at the numbers, evaluations and checkpoints between."""
     config, state, total = training.config, training.state, training.total_steps
     batch_size, check_every = config.training.batch_size, config.training.check_every
-    model = torch.compile(state.model) if config.performance.compile else state.model
-    batches = training.data.train.training_batches(batch_size, start_step=state.step)
-    checkpoints = CheckpointClock(config.checkpoints)
+    processes = training.processes
+    model = processes.parallel(state.model)
+    if config.performance.compile:
+        model = torch.compile(state.model)
+    batches = training.data.train.training_batches(
+        batch_size, start_step=state.step, share=processes.share
+    )
+    clock = CheckpointClock(config.checkpoints)
+    wishes = Wishes(processes, display, clock, interruption, batch_size)
 
     state.model.train()
     while state.step < total and not state.stopped:
         if state.step == config.statistics.freeze_from_step:
             freeze_when_due(training)
         lr = training.learning_rate
+        step = state.step + 1
+        end_of_step = wishes.begin(step)
         loss, correct = train_step(training, model, batches, lr)
-        state.step = step = state.step + 1
+        state.step = step
         logs.step(step, lr, loss, correct)
         for average in state.averages.values():
             average.update(step)
+        end_of_step()
 
-        if display.step(step, batch_size):
+        if wishes.show:
             logs.flush()
             display.numbers(logs.last)
         if step % check_every == 0:
@@ -85,10 +96,10 @@ def train_steps(
                 save(run, training, logs, best=training.best_file)
             else:
                 state.stopped = state.best.reason_to_stop(step) or state.stopped
-        if checkpoints.is_due(step) or step == total or state.stopped or interruption:
+        if wishes.save or step == total or state.stopped or wishes.stop:
             logs.flush()
             save(run, training, logs)
-        if interruption and step < total and not state.stopped:
+        if wishes.stop and step < total and not state.stopped:
             raise Interrupted(f"interrupted after step {step}; the checkpoint is written")
 
 
@@ -98,18 +109,19 @@ def train_step(
     batches: Iterator[tuple[Tensor, Tensor]],
     lr: float,
 ) -> tuple[Tensor, Tensor]:
-    """One update of the weights and the estimators: its loss and how many answers were right.
+    """One update of the weights and the estimators: its loss and how many answers were right; of
+    several processes, each one's part of both.
 
-    Nothing here waits for the device.
+    Nothing here waits for the device, but where BN layers normalize over several processes.
     """
-    state, smoothing = training.state, training.config.training.label_smoothing
+    state, processes, settings = training.state, training.processes, training.config.training
     x, y = next(batches)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    with autocast(training.config, training.device):
+    with autocast(training.config, training.device), processes.drawing():
         logits = model(x)
-    loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
-    state.scaler.scale(loss).backward()
+    loss = processes.loss(logits.float(), y, settings.label_smoothing, settings.batch_size)
+    state.scaler.scale(processes.for_backward(loss)).backward()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -137,25 +149,29 @@ def check(training: Training, logs: Logs, display: Display) -> None:
 
 
 def save(run: Run, training: Training, logs: Logs, best: str | None = None) -> None:
-    """A checkpoint of this step, also by the name `best`. RunFailed if there is something in it
-    that is not finite."""
-    state, config = training.state, training.config
+    """A checkpoint of this step, also by the name `best`. Diverged if there is something in it
+    that is not finite, or that not all processes have alike."""
+    state, config, processes = training.state, training.config, training.processes
+    state.merge()
     if not state.is_finite:
-        raise RunFailed(
+        raise Diverged(
             f"diverged: the weights or the running statistics are no longer finite at step "
             f"{state.step} with learning rate {logs.lr:.3g}; lower "
             "training.optimizer.lr"
         )
+    processes.check_alike(state.model, state.step)
     logs.sync()
-    content = {"run": run.id, "config": config.to_yaml(), **state.state_dict()}
-    save_checkpoint(run.checkpoints, content, config.checkpoints.keep, best)
+    content = state.state_dict()
     state.saved_step = state.step
-    run.write_state("running", state.step, training.total_steps)
+    if processes.writes:
+        content = {"run": run.id, "config": config.to_yaml(), **content}
+        save_checkpoint(run.checkpoints, content, config.checkpoints.keep, best)
+        run.write_state("running", state.step, training.total_steps)
 
 
 def finish(run: Run, training: Training, logs: Logs, evaluations: Evaluations) -> Result:
     """Evaluate the trained model under every kind of statistics and write comparison.json."""
-    state = training.state
+    state, ranks = training.state, training.processes.ranks
     logs.drop_evaluations_from(state.step)
     if state.best.improve(state.step, evaluations.evaluate(final=True)):
         save(run, training, logs, best=training.best_file)
@@ -163,12 +179,25 @@ def finish(run: Run, training: Training, logs: Logs, evaluations: Evaluations) -
     weights, step, message = "last", state.step, state.stopped
     stopping, best = training.config.training.early_stopping, state.best.step
     if stopping and stopping.restore_best and best < state.step:
-        if restore_best(run.checkpoints, BEST, best, state.step):
+        kept = by_rank_0(ranks, "the best weights", lambda: _best(run, best, state.step))
+        if kept is not None:
             weights, step = "best", best
-            evaluations.evaluate_best(run.checkpoints / BEST)
+            evaluations.evaluate_best(kept)
         else:
             lost = f"the best weights, of step {best}, are lost: these are the last ones"
             message = f"{message}; {lost}" if message else lost
-    comparison = evaluations.compare().along_the_run(run.test_accuracies())
-    run.write_json("comparison.json", {"step": step, "weights": weights, **comparison.to_dict()})
-    return Result(comparison, weights, message)
+    found = evaluations.compare()
+
+    def write() -> Comparison:
+        whole = found.along_the_run(run.test_accuracies())
+        run.write_json("comparison.json", {"step": step, "weights": weights, **whole.to_dict()})
+        return whole
+
+    return Result(by_rank_0(ranks, "the comparison", write), weights, message)
+
+
+def _best(run: Run, step: int, now: int) -> dict[str, Any] | None:
+    """The state after `step`, the best one; None if it is lost."""
+    if restore_best(run.checkpoints, BEST, step, now):
+        return load_checkpoint(run.checkpoints / BEST)
+    return None

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from bnexp.errors import RunFailed
-from bnexp.records import CsvLog
+from bnexp.errors import Diverged
+from bnexp.records.csv_log import RowLog
+from bnexp.training.processes import ALONE, Processes
 from bnexp.training.stateful import Stateful
 
 
@@ -40,6 +41,8 @@ class EmaAccuracy(Stateful):
 class StepLog:
     """Losses and accuracies of the steps, in a ring on the device; rows of steps.csv on the host.
 
+    What the ranks record are their parts; the rows have the sums, alike on all of them.
+
     `record` launches two copies on the device and waits for nothing; there is room for `capacity`
     steps between flushes. `flush` moves what has gathered to the host, writes the rows and updates
     the EMA accuracy.
@@ -47,36 +50,40 @@ class StepLog:
 
     def __init__(
         self,
-        csv: CsvLog,
+        csv: RowLog,
         ema: EmaAccuracy,
         batch_size: int,
         steps_per_epoch: int,
         capacity: int,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
         self.csv = csv
         self.ema = ema
         self.last: tuple | None = None
         self._batch_size = batch_size
         self._steps_per_epoch = steps_per_epoch
+        self._processes = processes
         self._losses = torch.zeros(capacity, device=device)
         self._correct = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._pending: list[tuple[int, float]] = []
 
     def record(self, step: int, lr: float, loss: torch.Tensor, correct: torch.Tensor) -> None:
-        """Take the loss and the number of right answers (0-dim tensors) of update `step`."""
+        """Take the loss and the number of right answers (0-dim tensors) of update `step`; of
+        several ranks, each its own samples' part of both."""
         slot = len(self._pending)
         self._losses[slot].copy_(loss)
         self._correct[slot].copy_(correct)
         self._pending.append((step, lr))
 
     def flush(self) -> list[tuple]:
-        """Write the gathered rows and return them. RunFailed if a loss is not finite."""
+        """Write the gathered rows and return them. Diverged if a loss is not finite."""
         count = len(self._pending)
         if not count:
             return []
-        losses = self._losses[:count].tolist()
-        correct = self._correct[:count].tolist()
+        where = f"the log of step {self._pending[-1][0]}"
+        losses = self._processes.total(self._losses[:count], where).tolist()
+        correct = self._processes.total(self._correct[:count], where).tolist()
         rows = []
         for (step, lr), loss, right in zip(self._pending, losses, correct, strict=True):
             accuracy = right / self._batch_size
@@ -87,7 +94,7 @@ class StepLog:
         self.csv.append(rows)
         for step, _, lr, loss, *_ in rows:
             if not math.isfinite(loss):
-                raise RunFailed(
+                raise Diverged(
                     f"diverged: the loss became {loss} at step {step} with learning rate {lr:.3g}; "
                     "lower training.optimizer.lr, lengthen training.schedule.warmup_steps, or use "
                     "more precision"

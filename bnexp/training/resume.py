@@ -21,6 +21,7 @@ from bnexp.training.checkpoints import (
     step_path,
 )
 from bnexp.training.display import Display
+from bnexp.training.processes import by_rank_0
 from bnexp.training.run_data import FILE as DATA_FILE
 
 Changes = dict[str, list[Any]]
@@ -84,33 +85,44 @@ def go_on(
     the checkpoint. The caller holds the run's lock. Raises UserError if there is nothing to do, or
     if the checkpoint is not one of this run.
     """
-    state = training.state
+    ranks = training.processes.ranks
+    found = by_rank_0(ranks, "the checkpoint", lambda: _newest(run, training, display))
+    if found is not None:
+        _load(run, training, *found, display)
+    by_rank_0(ranks, "the resume", lambda: _record(run, training, changes, changed_data, display))
+
+
+def has_checkpoint(run: Run) -> bool:
+    """UserError if there are only damaged ones."""
+    return newest_checkpoint(run.checkpoints)[0] is not None
+
+
+def require_same_weights(run: Run, training: Training) -> None:
+    """UserError if `model.weights` were loaded that are not those the run was begun with."""
+    recorded = run.environment.get("weights")
+    if training.given is None or not isinstance(recorded, dict):
+        return
+    if recorded.get("hash") != training.given.hash:
+        raise UserError(
+            f"model.weights {training.config.model.weights} are others than when {run.path} was "
+            "begun, and it has no checkpoint yet: start a new run"
+        )
+
+
+def _newest(
+    run: Run, training: Training, display: Display
+) -> tuple[dict[str, Any], Changes] | None:
+    """The state in the run's newest whole checkpoint, and what the config changes of its config.
+    None where there is none; UserError if this training can't go on from it."""
     if run.checkpoints.is_symlink():
         raise UserError(f"{run.checkpoints} is a link: a run writes into its own folder alone")
     run.checkpoints.mkdir(exist_ok=True)
     found, passed_over = newest_checkpoint(run.checkpoints)
     for line in passed_over:
         display.warn(line)
-    if found is not None:
-        _load(run, training, found, display)
-    for folder in (run.path, run.checkpoints):
-        remove_torn(folder)
-    environment = run.environment
-    resumes = environment.setdefault("resumes", [])
-    _say_other_threads(environment, training, display)
-    resume = describe_resume(state.step, torch.get_num_threads(), changes)
-    if changed_data is not None:
-        display.warn(f"the data have changed: {changed_data}")
-        resume["changed_data"] = changed_data
-        run.write_json(DATA_FILE, training.data.fingerprint)
-    resumes.append(resume)
-    run.write_json("environment.json", environment)
-    run.write("config.yaml", training.config.to_yaml())
-
-
-def _load(run: Run, training: Training, found: dict[str, Any], display: Display) -> None:
-    """Take the state in `found`, and make the checkpoints what they were when it was written."""
-    state, since = training.state, _changes_since(run, training.config, found)
+    if found is None:
+        return None
+    since = _changes_since(run, training.config, found)
     longer = training.total_steps > found["step"] and _may_go_on(found.get("stopped"), since)
     if _finished(run) and not longer:
         raise UserError(
@@ -121,19 +133,53 @@ def _load(run: Run, training: Training, found: dict[str, Any], display: Display)
             f"{run.path} has done {found['step']} steps already, so its length can't become "
             f"{training.total_steps}"
         )
+    return found, since
+
+
+def _load(
+    run: Run, training: Training, found: dict[str, Any], since: Changes, display: Display
+) -> None:
+    """Take the state in `found`, and make the checkpoints what they were when it was written."""
+    state, writes = training.state, training.processes.writes
     try:
         state.load_state_dict(found)
     except UserError as error:
         raise UserError(f"{run.checkpoints}, step {found['step']}: {error}") from None
     freeze_when_due(training)
     _allow_what_changed(training, since, display)
+    if training.best_file is None:
+        state.best.forget()  # chosen on the test images by a former version
+    if not writes:
+        return
     for newer in step_checkpoints(run.checkpoints):
         if newer.name > step_path(run.checkpoints, state.step).name:
             newer.unlink()
-    if training.best_file is None:
-        state.best.forget()  # chosen on the test images by a former version
-    elif state.best.step:
+    if training.best_file is not None and state.best.step:
         restore_best(run.checkpoints, training.best_file, state.best.step, state.step)
+
+
+def _record(
+    run: Run,
+    training: Training,
+    changes: Changes,
+    changed_data: str | None,
+    display: Display,
+) -> None:
+    """Write down that, and how, the run goes on."""
+    for folder in (run.path, run.checkpoints):
+        remove_torn(folder)
+    environment = run.environment
+    resumes = environment.setdefault("resumes", [])
+    _say_other_numbers(environment, training, display)
+    processes = training.processes.ranks.size
+    resume = describe_resume(training.state.step, torch.get_num_threads(), changes, processes)
+    if changed_data is not None:
+        display.warn(f"the data have changed: {changed_data}")
+        resume["changed_data"] = changed_data
+        run.write_json(DATA_FILE, training.data.fingerprint)
+    resumes.append(resume)
+    run.write_json("environment.json", environment)
+    run.write("config.yaml", training.config.to_yaml())
 
 
 def _changes_since(run: Run, config: Config, found: dict[str, Any]) -> Changes:
@@ -152,16 +198,22 @@ def _changes_since(run: Run, config: Config, found: dict[str, Any]) -> Changes:
     return changes
 
 
-def _say_other_threads(environment: dict[str, Any], training: Training, display: Display) -> None:
-    """On a CPU the number of threads decides the last digits of sums."""
-    now = torch.get_num_threads()
+def _say_other_numbers(environment: dict[str, Any], training: Training, display: Display) -> None:
+    """How many processes and, on a CPU, threads there are decides the last digits of sums."""
     last = (environment["resumes"] or [{}])[-1]
-    before = last.get("threads", environment.get("threads")) if isinstance(last, dict) else None
-    if training.device.type == "cpu" and before is not None and before != now:
-        display.warn(
-            f"the run had {shown(before)} threads and goes on with {now}: from here on its numbers "
-            "differ in the last digits from those of an undisturbed run (set OMP_NUM_THREADS)"
-        )
+    now = {"threads": torch.get_num_threads(), "processes": training.processes.ranks.size}
+    if training.device.type != "cpu":
+        del now["threads"]
+    for what, number in now.items():
+        before = environment.get(what, 1 if what == "processes" else None)
+        if isinstance(last, dict):
+            before = last.get(what, before)
+        if before is not None and before != number:
+            display.warn(
+                f"the run had {shown(before)} {what} and goes on with {number}: from here on its "
+                "numbers differ in the last digits from those of an undisturbed run"
+                f"{' (set OMP_NUM_THREADS)' if what == 'threads' else ''}"
+            )
 
 
 def _finished(run: Run) -> bool:

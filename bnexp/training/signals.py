@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,3 +47,17 @@ class Interruption:
 
     def __bool__(self) -> bool:
         return self._requested
+
+
+@contextlib.contextmanager
+def ignored(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """A block, of an instant, that these signals don't interrupt. No effect but in the main
+    thread."""
+    former: dict[int, object] = {}
+    with contextlib.suppress(ValueError):
+        former |= {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

@@ -45,6 +45,12 @@ class TrainingState:
         """The online estimates, the running statistics first."""
         return self.tracker.statistics() if self.tracker else {}
 
+    def merge(self) -> None:
+        """Join what the ranks' mini-batches gave to the estimates, in the buffers, too. All ranks
+        call it."""
+        if self.tracker:
+            self.tracker.merge()
+
     @property
     def is_finite(self) -> bool:
         """Of every parameter and running statistic. Waits for the device once."""
@@ -152,7 +158,7 @@ def _require_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     moments = _part(state, "state")
     if not isinstance(moments, Mapping) or not moments.keys() <= set(range(len(parameters))):
         raise UserError("the optimizer's state is about other parameters")
-    names = _MOMENTS[type(optimizer)]
+    names = next(names for kind, names in _MOMENTS.items() if isinstance(optimizer, kind))
     for index, entries in moments.items():
         if not isinstance(entries, Mapping) or (entries and entries.keys() != names):
             raise UserError(f"optimizer.state[{index}] is no state of {type(optimizer).__name__}")

@@ -456,6 +456,61 @@ def test_a_damaged_record_is_one_line(comparison, path, value):
     assert len(str(error.value)) < 300
 
 
+FREE = (
+    "information",
+    "ece",
+    "loss",
+    "loss_interval",
+    "loss_difference",
+    "loss_difference_interval",
+)
+"""What follows from no other number of a record, or from one that may be missing."""
+
+
+def numbers(tree, where=()):
+    keys = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+    if isinstance(tree, int | float):
+        yield where
+    for key in keys:
+        if key not in FREE:
+            yield from numbers(tree[key], (*where, key))
+
+
+def test_no_number_of_a_record_can_be_changed_alone(comparison):
+    """But for a few: how many are wrong otherwise, how many are broken, and FREE."""
+    content = json.loads(json.dumps(comparison.to_dict()))
+    places = [p for p in numbers(content) if p[-1] not in ("wrong_to_other_wrong", "broken")]
+    assert len(places) > 60
+    for path in places:
+        value = content
+        for key in path:
+            value = value[key]
+        for other in {value + 1, 0.999 * value, -value, 0} - {value}:
+            with pytest.raises(UserError):
+                Comparison.from_dict(damaged(content, path, type(value)(other)))
+                raise AssertionError(f"{path}: {value} became {other}")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["kinds", 0, "broken"], -1),
+        (["kinds", 0, "broken"], 5000),
+        (["kinds", 0, "ece"], 1.5),
+        (["kinds", 0, "loss"], 1e9),
+        (["kinds", 1, "loss_interval"], [3.0, 4.0]),
+        (["kinds", 1, "versus_baseline", "loss_difference"], 0.5),
+        (["kinds", 1, "versus_baseline", "wrong_to_other_wrong"], 5000),
+        (["kinds", 1, "accuracy"], "0.9"),
+        (["kinds", 1, "accuracy"], True),
+        (["kinds", 1, "versus_baseline", "p"], 10**400),
+    ],
+)
+def test_numbers_that_can_not_be_are_refused(comparison, path, value):
+    with pytest.raises(UserError):
+        Comparison.from_dict(damaged(comparison.to_dict(), path, value))
+
+
 def test_analysis_needs_no_torch():
     code = (
         "import sys, bnexp.analysis.comparison, bnexp.analysis.seeds; "

@@ -165,7 +165,7 @@ def test_statistics_that_the_dtype_of_the_file_cannot_hold_are_not_written(net, 
     checkpoint, statistics = read_checkpoint(path), running_statistics(net)
     huge = Statistics(statistics.mean, {n: v + 1e6 for n, v in statistics.var.items()},
                       statistics.count)  # fmt: skip
-    with pytest.raises(UserError, match=r"bn.running_var is beyond .* torch.float16 can hold"):
+    with pytest.raises(UserError, match="beyond 65504, the largest number"):
         write_mended(checkpoint, match(checkpoint, Net()), huge, out)
     assert not out.exists()
 
@@ -233,6 +233,32 @@ def test_buffers_that_the_file_lacks_are_named_and_can_be_written(net, tmp_path)
     write_mended(checkpoint, found, running_statistics(net), out)
     written = torch.load(out)
     assert torch.equal(written["module.head.1.running_var"], net.head[1].running_var)
+
+
+def test_a_flipped_bit_in_a_file_of_weights_is_noticed(net, tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(net.state_dict(), path)
+    whole = path.read_bytes()
+    values = net.conv.weight.detach().numpy().tobytes()
+    path.write_bytes(whole.replace(values, bytes([values[0] ^ 64]) + values[1:]))
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(path)
+    torch.save(net.state_dict(), path, _use_new_zipfile_serialization=False)
+    old = read_checkpoint(path).content  # a format without checksums
+    assert torch.equal(old["conv.weight"], net.conv.weight)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_nothing_finite_becomes_infinite_in_the_buffers_of_a_mended_file(net, tmp_path, suffix):
+    path, out = tmp_path / f"x.{suffix}", tmp_path / f"out.{suffix}"
+    state = net.half().state_dict()
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    checkpoint = read_checkpoint(path)
+    statistics = running_statistics(Net())
+    statistics.var["bn"][1] = 70_000
+    with pytest.raises(UserError, match=r"running_var of BN layer 'bn' is 7e\+04, beyond 65504"):
+        write_mended(checkpoint, match(checkpoint, Net()), statistics, out)
+    assert not out.exists()
 
 
 def test_files_that_need_code_are_refused_with_what_to_do(net, tmp_path):

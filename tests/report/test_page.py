@@ -18,7 +18,6 @@ from bnexp.report.page import render, write_report
 from bnexp.report.run_data import RunData
 from bnexp.report.several import config_differences, seed_groups
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FIGURES = ("accuracy", "statistics", "estimators", "comparison", "layers", "rate")
 
 
@@ -268,28 +267,6 @@ def test_differences_of_configs(runs):
 
 
 # ------------------------------------------------------------------------ a real browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(
-            executable_path=CHROMIUM,
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-            ],
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.mark.slow

@@ -198,6 +198,35 @@ def test_save_and_load(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_a_flipped_bit_in_a_file_is_noticed_or_harmless(tmp_path):
+    path = tmp_path / "a.pt"
+    some().save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for position in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        try:
+            found = Statistics.load(path)
+        except UserError:
+            refused += 1
+            continue
+        for name in some().names:
+            assert torch.equal(found.mean[name], some().mean[name]), position
+            assert torch.equal(found.var[name], some().var[name]), position
+        assert found.count == some().count
+    assert refused > len(whole) / 10
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "a.pt"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="no ordinary file"):
+        Statistics.load(path)
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     some().save(path)

@@ -1,0 +1,73 @@
+"""What differences that are paired by seed say. Seeds are the unit: one number per training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from bnexp.analysis.intervals import Interval, t_interval
+
+Verdict = Literal["supported", "contradicted", "undecided"]
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Differences:
+    """One difference per seed, their mean with its 95 % t interval, and the two-sided p of the
+    paired t test (None for one seed, and where all seeds have the same)."""
+
+    values: tuple[float, ...]
+    mean: float
+    interval: Interval | None
+    p: float | None
+
+    @property
+    def spread(self) -> bool:
+        """Whether the seeds differ at all, without which there is nothing to judge chance by."""
+        return len(self.values) > 1 and min(self.values) < max(self.values)
+
+
+def paired_differences(values: Sequence[float]) -> Differences:
+    array = np.asarray(values, dtype=np.float64)
+    p = None
+    if len(array) > 1 and array.min() < array.max():
+        p = float(stats.ttest_1samp(array, 0.0).pvalue)
+    return Differences(tuple(float(v) for v in array), float(array.mean()), t_interval(array), p)
+
+
+def equivalence_p(values: Sequence[float], within: float) -> float | None:
+    """p of the two one-sided t tests that the mean lies between -within and within (Schuirmann
+    1987); None where there is no spread to judge by."""
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) < 2 or not array.min() < array.max():
+        return None
+    above = stats.ttest_1samp(array, -within, alternative="greater").pvalue
+    below = stats.ttest_1samp(array, within, alternative="less").pvalue
+    return float(max(above, below))
+
+
+def judge_direction(found: Differences, at_least: float = 0.0) -> Verdict:
+    """Whether the mean difference lies above `at_least`: by the whole 95 % interval, or not at all.
+    Without a spread over seeds it is undecided."""
+    if found.interval is None or not found.spread:
+        return "undecided"
+    low, high = found.interval
+    return "supported" if low > at_least else "contradicted" if high < at_least else "undecided"
+
+
+def judge_equality(found: Differences, within: float) -> Verdict:
+    """Whether the mean difference is smaller than `within`: by two one-sided tests at 5 %, or
+    contradicted by the whole 95 % interval. Where no seed differs at all, it is."""
+    if found.interval is None:
+        return "undecided"
+    if not found.spread:
+        return "supported" if found.mean == 0 else "undecided"
+    p = equivalence_p(found.values, within)
+    low, high = found.interval
+    if p is not None and p <= ALPHA:
+        return "supported"
+    return "contradicted" if low > within or high < -within else "undecided"

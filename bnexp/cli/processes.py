@@ -1,0 +1,120 @@
+"""Several processes of one command: starting them, and being one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import NoReturn
+
+from bnexp.errors import Interrupted, RunFailed, UserError
+from bnexp.ranks import Alone, Ranks
+
+# After which a rank that others wait for is given up. Rank 0 may download data, or judge a whole
+# test set's predictions, while the others wait.
+TIMEOUT = timedelta(minutes=10)
+_PR_SET_PDEATHSIG = 1
+_ENDS = (1, 2, 3, 130)
+
+
+def started_by_launcher() -> int:
+    """How many processes torchrun, or `--processes`, has started of this command; 1: none did."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if "RANK" in os.environ and size.isdecimal() else 1
+
+
+def is_silent() -> bool:
+    """Whether what this process has to say is said by rank 0."""
+    return started_by_launcher() > 1 and os.environ["RANK"] != "0"
+
+
+def start_processes(count: int) -> NoReturn:
+    """Run this command in `count` processes, by torch's elastic agent, and exit as they do.
+
+    Each has an equal share of the cores for its threads, unless OMP_NUM_THREADS is set.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
+
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable()  # what ended the run is said by the processes
+    with tempfile.TemporaryDirectory(prefix="bnexp-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id="bnexp",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "bnexp", *sys.argv[1:])
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            killed = {rank: -code for rank, code in codes.items() if code < 0}
+            for rank, number in killed.items():
+                print(f"bnexp: process {rank} was {_killed(number)}", file=sys.stderr)
+            told = [code for code in codes.values() if code in _ENDS]
+            sys.exit(1 if killed or not told else told[0])
+        except SignalException:
+            sys.exit(Interrupted.exit_code)
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The ranks of this command, if a launcher has started several processes of it."""
+    if started_by_launcher() == 1:
+        yield Alone()
+        return
+    _end_with_parent()
+    import torch.distributed as distributed
+
+    from bnexp.ranks import TorchRanks
+
+    try:
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise RunFailed(f"the processes can't reach one another: {reason:.300}") from None
+    try:
+        yield TorchRanks()
+    except BaseException:
+        # The agent asks those that are left to end as soon as one has: they are about to.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        raise
+    distributed.destroy_process_group()
+
+
+def check_count(processes: int | None) -> None:
+    """UserError where `--processes` and a launcher say different things."""
+    if processes is not None and started_by_launcher() not in (1, processes):
+        raise UserError(
+            f"a launcher has started {started_by_launcher()} processes: leave --processes out"
+        )
+
+
+def _killed(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return f"killed ({signal.Signals(number).name})"
+    return f"killed (signal {number})"
+
+
+def _end_with_parent() -> None:
+    """Be told to end (SIGTERM) when the agent is no more, however it ended. Linux alone."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
