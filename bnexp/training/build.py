@@ -96,6 +96,12 @@ def build_training(
         raise UserError("training.early_stopping needs validation images: set data.val_fraction")
     if "batch" in config.test.statistics and len(data.test) < 2:
         raise UserError("test.statistics has batch, and there is one test image only")
+    for name, adapted in config.statistics.adapted.items():
+        if (adapted.samples or 0) > len(data.test):
+            raise UserError(
+                f"statistics.adapted.{name}.samples is {adapted.samples:,}, and there are "
+                f"{len(data.test):,} test images; null takes all"
+            )
     model = build_network(config, data, device)
     given = None
     if begin and config.model.weights is not None:
