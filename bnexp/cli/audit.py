@@ -40,6 +40,8 @@ def run_audit(
             raise UserError("--mend writes a checkpoint again: say which with --weights")
         if mend.exists():
             raise UserError(f"--mend {mend} exists: name a file that doesn't")
+        if not mend.parent.is_dir():
+            raise UserError(f"--mend {mend} can't be written: there is no folder {mend.parent}")
     keep_freed_memory()
 
     import torch
@@ -72,6 +74,7 @@ def run_audit(
         device=device,
         progress=not as_json,
         prior=config.prior,
+        curve=config.curve,
         score_name=config.score_name,
         not_in_file=found.missing_buffers if found else (),
         same_averages_as=same_averages_as(checkpoint, found, model)

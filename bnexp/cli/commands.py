@@ -142,6 +142,9 @@ def audit(
     force: Annotated[
         bool, typer.Option("--force", help="Mend even where it is said not to help.")
     ] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Also the score by the number of samples.")
+    ] = False,
     device: Device = None,
     name: Annotated[str | None, typer.Option(help="Name of the record's folder.")] = None,
     runs_dir: RunsDir = RUNS,
@@ -156,6 +159,7 @@ def audit(
         "model.key": key,
         "data.population": population,
         "data.test": test,
+        "curve": "true" if curve else None,
         "device": device,
         "name": name,
     }

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bnexp.analysis.findings import BY_THE_WAY, CurvePoint, Halves
+from bnexp.analysis.findings import BY_THE_WAY, Halves
+from bnexp.analysis.sample_curve import CurvePoint, Part
 from bnexp.analysis.scores import gain
 from bnexp.evaluation.scoring import Scores, Task, scores_under
 from bnexp.evaluation.subsets import Batches, evenly
@@ -47,8 +48,10 @@ class Enough:
         then both halves and the whole, whose scores on these batches of the test set are known.
         Recomputing takes one and a half times what the whole did at most."""
         one, other = self._whole_halves
-        strides = [2**k for k in range(len(one).bit_length())]
-        parts = {tuple(one[::stride]): "nested" for stride in reversed(strides)}
+        strides = [2**k for k in range((len(one) - 1).bit_length() + 1)]
+        parts: dict[tuple[int, ...], Part] = {
+            tuple(one[::stride]): "nested" for stride in reversed(strides)
+        }
         parts[tuple(other)] = "other half"
         statistics = {part: self.recompute(self.population.only(part)) for part in parts}
         scores = self._scores(statistics, numbers)
@@ -73,7 +76,7 @@ class Enough:
         settings = {part: s.applied_to for part, s in statistics.items()}
         return scores_under(self.model, self.test.only(numbers), settings, self.task)
 
-    def _point(self, samples: int, part: str, found: Scores, whole: Scores) -> CurvePoint:
+    def _point(self, samples: int, part: Part, found: Scores, whole: Scores) -> CurvePoint:
         return CurvePoint(
             samples,
             part,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from bnexp import markdown
 from bnexp.analysis.comparison import Comparison
-from bnexp.analysis.findings import Finding, Halves
+from bnexp.analysis.findings import BY_THE_WAY, Finding, Halves
+from bnexp.analysis.sample_curve import CurvePoint, enough
 from bnexp.analysis.words import p_value
 
 if TYPE_CHECKING:
@@ -33,10 +34,11 @@ def as_text(
     summary: str,
     attribution: Attribution | None,
     halves: Halves | None,
-    form: Form | None = None,
+    population_samples: int,
+    curve: Sequence[CurvePoint],
+    form: Form,
 ) -> str:
-    """Everything an audit found; in plain text unless `form` is another one."""
-    form = form or PLAIN
+    """Everything an audit found."""
     parts = [
         form.paragraph(summary),
         form.paragraph(comparison.verdict.text),
@@ -46,7 +48,10 @@ def as_text(
     if attribution is not None:
         parts += _attribution(comparison, attribution, form)
     if halves is not None:
-        parts.append(form.paragraph(_halves(comparison, halves)))
+        text = in_two_parts(comparison, halves, population_samples)
+        parts.append(form.paragraph(f"How many samples? {text}"))
+    if curve:
+        parts += [form.paragraph(enough(curve)), form.table(*_curve(comparison, curve))]
     return "\n\n".join(parts)
 
 
@@ -120,16 +125,46 @@ def _attribution(comparison: Comparison, attribution: Attribution, form: Form) -
     return [form.paragraph(head), form.table(columns, rows)]
 
 
-def _halves(comparison: Comparison, halves: Halves) -> str:
-    first, second = (
-        f"{100 * s:.2f} %" if comparison.score == "accuracy" else f"{s:.4g}" for s in halves.scores
-    )
-    return (
-        f"How many samples? Statistics from two disjoint halves of {halves.samples:,} samples "
+def in_two_parts(comparison: Comparison, halves: Halves, population_samples: int) -> str:
+    """How far statistics of two parts of the population are apart, in a sentence or two."""
+    top1 = comparison.score == "accuracy"
+    first, second = (f"{100 * s:.2f} %" if top1 else f"{s:.4g}" for s in halves.scores)
+    parts = "halves" if 2 * halves.samples >= 0.9 * population_samples else "parts"
+    text = (
+        f"Statistics from two disjoint {parts} of {halves.samples:,} samples of the population "
         f"score {first} and {second} on {halves.test_samples:,} test samples, {halves.changed:,} "
         f"of which fare otherwise; furthest apart is {halves.worst_layer}, by "
         f"{halves.worst_distance:.3f} standard deviations."
     )
+    if parts == "halves" or halves.gain.p < BY_THE_WAY:
+        return text
+    return f"{text} All {population_samples:,} samples leave less to chance than such a part."
+
+
+def _curve(
+    comparison: Comparison, curve: Sequence[CurvePoint]
+) -> tuple[list[str], list[list[str]]]:
+    scale, spec = (100, ".2f") if comparison.score == "accuracy" else (1, ".4g")
+    rows = [
+        [
+            f"{point.samples:,}{' (all)' if point.part == 'all' else ''}"
+            f"{' (the other half)' if point.part == 'other half' else ''}",
+            f"{scale * point.score:{spec}}",
+            *(
+                []
+                if point.part == "all"
+                else [
+                    f"{scale * point.gain.difference:+{spec}}",
+                    f"{scale * point.gain.low:+{spec}} … {scale * point.gain.high:+{spec}}",
+                    f"{point.changed:,}",
+                ]
+            ),
+        ]
+        for point in curve
+    ]
+    score = "accuracy %" if comparison.score == "accuracy" else comparison.score
+    head = ["samples", score, "less all", "95 % interval", "changed"]
+    return head, [[*row, *[""] * (len(head) - len(row))] for row in rows]
 
 
 def _signed(value: float) -> str:

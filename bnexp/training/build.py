@@ -15,6 +15,7 @@ from bnexp.config.schema import DataConfig
 from bnexp.data import Augmentation, Data, DataSettings, load_data
 from bnexp.data.corruption import Corruption
 from bnexp.errors import UserError
+from bnexp.importing import require_extra
 from bnexp.networks import build_model
 from bnexp.networks.given import GivenWeights, load_given
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
@@ -87,6 +88,8 @@ def build_training(
     Seeds torch's global generator, from which the initial weights and dropout draw. UserError
     where the data, the network or its weights are not what the config needs.
     """
+    if config.logging.tensorboard:
+        require_extra("tensorboard", "logging.tensorboard")
     training = config.training
     data = data or load_data(data_settings(config.data), seed=config.seed, device=device)
     if training.early_stopping and data.val is None:
