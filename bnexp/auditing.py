@@ -62,6 +62,9 @@ from bnexp.statistics.forward import device_of
 from bnexp.statistics.progress import Progress
 from bnexp.statistics.recompute import Method
 
+if TYPE_CHECKING:
+    from bnexp.report.audit_table import Form
+
 # What is looked at besides the conditions is to cost about a fifth of these, so that some of the
 # samples must do, evenly spread: of the test set for the attribution and for a curve,
 LOOK_SAMPLES = 1000
@@ -186,15 +189,15 @@ class Audit:
     def __str__(self) -> str:
         from bnexp.report.audit_table import PLAIN
 
-        return self._in(PLAIN)
+        return self._text(PLAIN)
 
     def markdown(self) -> str:
         """What `print` shows, as Markdown: for a pull request, or the summary of a pipeline."""
         from bnexp.report.audit_table import MARKDOWN
 
-        return self._in(MARKDOWN)
+        return self._text(MARKDOWN)
 
-    def _in(self, form: Form) -> str:
+    def _text(self, form: Form) -> str:
         from bnexp.report.audit_table import as_text
 
         return as_text(

@@ -307,24 +307,24 @@ class _Line:
 
         from bnexp.torch_internals import timeout_of
 
+        members = distributed.get_process_group_ranks(group)
         self._group: Any = distributed.new_group(
-            distributed.get_process_group_ranks(group),
-            timeout=timeout_of(group),
-            backend="gloo",
-            use_local_synchronization=True,
+            members, timeout=timeout_of(group), backend="gloo", use_local_synchronization=True
         )
         self.failures = 0  # that all ranks have met
+        # The store may outlive the group, and remember what another one said.
+        self._name = self.exchange(os.urandom(16), len(members))[0][:16].hex()
 
     def say_failed(self) -> None:
         """For ranks that don't meet for long."""
         with contextlib.suppress(RuntimeError):  # it is gone with the rank that held it
             if self._group is not None:
-                self._group.get_group_store().set(f"failed {self.failures}", "1")
+                self._group.get_group_store().set(f"failed {self._name} {self.failures}", "1")
 
     def has_failed(self) -> bool:
         with contextlib.suppress(RuntimeError):
             if self._group is not None:
-                return self._group.get_group_store().check([f"failed {self.failures}"])
+                return self._group.get_group_store().check([f"failed {self._name} {self.failures}"])
         return False
 
     def exchange(self, message: bytes, size: int) -> list[bytes]:

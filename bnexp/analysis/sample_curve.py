@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bnexp.analysis.findings import SIGNIFICANT, Gain
+
+Part = Literal["nested", "other half", "all"]
 
 
 @dataclass(frozen=True)
@@ -16,11 +18,15 @@ class CurvePoint:
     or "all". changed: test samples that fare otherwise than with all."""
 
     samples: int
-    part: str
+    part: Part
     score: float
     gain: Gain
     changed: int
     test_samples: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError("a point of a curve is of one sample at least")
 
     @staticmethod
     def from_dict(found: Mapping[str, Any]) -> CurvePoint:

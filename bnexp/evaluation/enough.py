@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bnexp.analysis.findings import BY_THE_WAY, Halves
-from bnexp.analysis.sample_curve import CurvePoint
+from bnexp.analysis.sample_curve import CurvePoint, Part
 from bnexp.analysis.scores import gain
 from bnexp.evaluation.scoring import Scores, Task, scores_under
 from bnexp.evaluation.subsets import Batches, evenly
@@ -49,7 +49,9 @@ class Enough:
         Recomputing takes one and a half times what the whole did at most."""
         one, other = self._whole_halves
         strides = [2**k for k in range((len(one) - 1).bit_length() + 1)]
-        parts = {tuple(one[::stride]): "nested" for stride in reversed(strides)}
+        parts: dict[tuple[int, ...], Part] = {
+            tuple(one[::stride]): "nested" for stride in reversed(strides)
+        }
         parts[tuple(other)] = "other half"
         statistics = {part: self.recompute(self.population.only(part)) for part in parts}
         scores = self._scores(statistics, numbers)
@@ -74,7 +76,7 @@ class Enough:
         settings = {part: s.applied_to for part, s in statistics.items()}
         return scores_under(self.model, self.test.only(numbers), settings, self.task)
 
-    def _point(self, samples: int, part: str, found: Scores, whole: Scores) -> CurvePoint:
+    def _point(self, samples: int, part: Part, found: Scores, whole: Scores) -> CurvePoint:
         return CurvePoint(
             samples,
             part,

@@ -77,14 +77,22 @@ def readers_of_random_states(model: nn.Module) -> list[Callable[[], object]]:
     """For each of these generators a function that gives its state, to be compared."""
 
     def read_numpy() -> object:
-        kind, keys, *rest = np.random.get_state()
+        state: Any = np.random.get_state()
+        kind, keys, *rest = state
         return kind, keys.tobytes(), *rest
 
-    readers = [lambda: torch.get_rng_state().numpy().tobytes(), random.getstate, read_numpy]
+    def read_torch(state: Callable[[], Tensor]) -> object:
+        return state().numpy().tobytes()
+
+    readers: list[Callable[[], object]] = [
+        functools.partial(read_torch, torch.get_rng_state),
+        random.getstate,
+        read_numpy,
+    ]
     for device in {t.device for t in (*model.parameters(), *model.buffers())}:
         if device.type in ("cuda", "xpu"):
             read = functools.partial(getattr(torch, device.type).get_rng_state, device)
-            readers.append(lambda read=read: read().numpy().tobytes())
+            readers.append(functools.partial(read_torch, read))
     return readers
 
 
@@ -187,7 +195,7 @@ class _HeldTensor:
         return version_of(tensor) != self._version or _memory_of(tensor) != self._memory
 
     def restore(self) -> None:
-        if self._value is None:
+        if self._value is None or self._data is None:
             return
         if _memory_of(self._tensor) != self._memory:
             self._tensor.data = self._data

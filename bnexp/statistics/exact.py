@@ -402,7 +402,7 @@ class _Sweep:
         for each, call in arrived:
             if each.number is None and (call is None or call.name != whole.name):
                 self._lost = True
-            elif each.kept is not None:
+            elif call is not None and each.kept is not None:
                 each.seen.append(call.moments)
         return STOP if whole.name == self._task.stop_after else whole.normalizer
 
