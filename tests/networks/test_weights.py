@@ -163,7 +163,7 @@ def test_statistics_that_the_dtype_of_the_file_cannot_hold_are_not_written(net, 
     path, out = tmp_path / "x.pt", tmp_path / "out.pt"
     torch.save(net.half().state_dict(), path)
     checkpoint, statistics = read_checkpoint(path), running_statistics(net)
-    huge = Statistics(statistics.mean, {n: v + 1e6 for n, v in statistics.var.items()},
+    huge = Statistics(statistics.mean, {n: v.double() + 1e6 for n, v in statistics.var.items()},
                       statistics.count)  # fmt: skip
     with pytest.raises(UserError, match="beyond 65504, the largest number"):
         write_mended(checkpoint, match(checkpoint, Net()), huge, out)
