@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from bnexp.analysis.findings import (
     Finding,
     Gain,
     Halves,
+    Values,
     find,
     in_words,
 )
@@ -35,6 +36,7 @@ from bnexp.evaluation.attribution import Attribution, attribute
 from bnexp.evaluation.enough import Enough
 from bnexp.evaluation.layer_facts import Modes, layer_facts
 from bnexp.evaluation.scoring import (
+    Alike,
     FirstSamples,
     Forward,
     Score,
@@ -78,8 +80,13 @@ WORTH_TRYING = 0.2
 # The eps of PyTorch and of Keras: layers with one are tried with the other.
 EPS = {1e-5: 1e-3, 1e-3: 1e-5}
 
+T = TypeVar("T")
+
 RUNNING, BATCH, NONE = Condition("running"), Condition("batch"), Condition("none")
 BLENDED = Condition("blended")
+
+if TYPE_CHECKING:
+    from bnexp.report.audit_table import Form
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +261,12 @@ def audit(
             start with one, or dicts with an image. Tensors are on the device.
         samples: at most about so many of the population (whole batches); None: all.
         memory, device, progress: as in `recompute_statistics`.
-        ranks: None: this process alone. Under a process group of several ranks that must be said.
+        ranks: `bnexp.TorchRanks()`: the ranks of a process group share the work, and all get the
+            same audit, but for `seconds`. All are given the same population and test (no
+            DistributedSampler; a DataLoader that shuffles by torch's random numbers is given rank
+            0's state of these), and go through all of it. The running averages are those of rank
+            0, and a finding says where others differ. In a process group of several ranks it must
+            be chosen.
         prior: also blend the recomputed statistics with the running averages, as if these were
             those of so many further samples (`blend`): for populations of another domain. 0 is
             AdaBN. Mending then writes the blended ones.
@@ -272,18 +284,21 @@ def audit(
     ranks = choose_ranks(ranks, "an audit")
     model = original_module(model)
     for name, batches in (("population", population), ("test", test)):
-        if iter(batches) is batches:
+        if isinstance(batches, Iterator):
             raise UserError(f"{name} is an iterator, which ends after one pass: give a list or a "
                             "DataLoader")  # fmt: skip
     if not methods:
         raise UserError(f"name a method to recompute with: {', '.join(METHODS)}")
     if unknown := [m for m in methods if m not in METHODS]:
         raise UserError(f"method {unknown[0]!r} is unknown: choose {', '.join(METHODS)}")
-    task = Task(torch.device(device) if device is not None else device_of(model), forward, score)
+    device = torch.device(device) if device is not None else device_of(model)
+    task = Task(device, forward, score, ranks)
     words = score_name or ("accuracy" if score is None else "score")
-    with torch.random.fork_rng([]):  # a DataLoader draws from it whenever it is gone through
+    # A DataLoader draws from torch's generator whenever it is gone through.
+    with ranks.together("an audit"), torch.random.fork_rng([]):
+        torch.set_rng_state(ranks.broadcast(torch.get_rng_state(), "the random numbers"))
         judge = _Judge(
-            model, Batches(population), Batches(test), task, words, classes, samples, memory, ranks
+            model, Batches(population), Batches(test), task, words, classes, samples, memory
         )
         if not batchnorm_layers(model):
             return judge.without_batchnorm()
@@ -300,7 +315,6 @@ class _Judge:
     classes: Sequence[str] | None
     samples: int | None
     memory: int | float | str | None
-    ranks: Ranks
     seconds: dict[str, float] = field(default_factory=dict)
 
     def without_batchnorm(self) -> Audit:
@@ -320,7 +334,9 @@ class _Judge:
         same_averages_as: str | None,
     ) -> Audit:
         model, modes = self.model, Modes.of(self.model)
-        running = running_statistics(model)
+        ranks = self.task.ranks
+        averages = ranks.gather(running_statistics(model), "the running averages")
+        running = averages[0]  # what a checkpoint usually holds
         counted = FirstSamples(self.population, self.samples)
         recomputed: dict[Condition, Statistics] = {}
         for method in methods:
@@ -339,14 +355,16 @@ class _Judge:
             scores = scores_under(model, self.test, settings, self.task)
         with self._timed("layers"):
             some = self.population.spread(SPREAD_SAMPLES, counted.batches_seen)
-            facts = layer_facts(
-                model,
-                running,
-                reference,
-                self.population.only(some),
-                self.task,
-                modes=modes,
-                not_in_file=not_in_file,
+            facts = self._once(
+                lambda: layer_facts(
+                    model,
+                    running,
+                    reference,
+                    self.population.only(some),
+                    self.task,
+                    modes=modes,
+                    not_in_file=not_in_file,
+                )
             )
         made = {
             "running": _decay(model),
@@ -384,8 +402,10 @@ class _Judge:
         names: list[str] = []
         if main.matters(SIGNIFICANT):
             with self._timed("attribution"):
-                attribution = attribute(
-                    model, lambda: self.test.only(look), self.task.loss, running, reference
+                attribution = self._once(
+                    lambda: attribute(
+                        model, lambda: self.test.only(look), self.task.loss, running, reference
+                    )
                 )
             names = self._worst(attribution, running, reference)
         with self._timed("exchanging layers"):
@@ -407,6 +427,7 @@ class _Judge:
             other_eps=eps,
             same_averages_as=same_averages_as,
             halves=halves,
+            of_ranks=_of_ranks(averages),
             points=self.task.score is None,
         )
         findings = find(found)
@@ -425,17 +446,26 @@ class _Judge:
     def _timed(self, name: str) -> AbstractContextManager:
         return _Timer(self.seconds, name)
 
+    def _once(self, make: Callable[[], T]) -> T:
+        """What the first rank makes, for all of them."""
+        ranks = self.task.ranks
+        return ranks.broadcast(make() if ranks.rank == 0 else None, "a look at the layers")
+
     def _recompute(self, batches: Iterable, method: Method, progress: Progress) -> Statistics:
-        return recompute_statistics(
+        ranks = self.task.ranks
+        alike = Alike(batches, ranks, "population")
+        found = recompute_statistics(
             self.model,
-            batches,
+            ranks.share(alike),
             method=method,
             device=self.task.device,
             memory=self.memory,
             progress=progress,
             forward=lambda model, batch: self.task.output(model, batch),
-            ranks=self.ranks,
+            ranks=ranks,
         )
+        alike.check()
+        return found
 
     def _of(self, scores: Scores, numbers: Sequence[int]) -> Scores:
         """The scores of the samples in these batches of the test set."""
@@ -552,6 +582,20 @@ class _Timer:
 
     def __exit__(self, *_: object) -> None:
         self._seconds[self._name] = round(time.perf_counter() - self._started, 3)
+
+
+def _of_ranks(averages: Sequence[Statistics]) -> dict[str, list[Values]]:
+    """Per layer the running averages of each rank, where there are several."""
+    if len(averages) == 1:
+        return {}
+    return {
+        name: [
+            Values(held.mean[name].double().cpu().numpy(), held.var[name].double().cpu().numpy())
+            for held in averages
+        ]
+        for name in averages[0].names
+        if all(name in held.mean for held in averages)
+    }
 
 
 def _gain_of(comparison: Comparison, condition: Condition, close: float) -> Gain:

@@ -127,13 +127,13 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def attention_order() -> list[int]:
+def attention_order() -> tuple[int, ...]:
     """Kernels of scaled dot product attention by preference, as numbers."""
-    return torch._C._get_sdp_priority_order()
+    return tuple(torch._C._get_sdp_priority_order())
 
 
-def set_attention_order(order: list[int]) -> None:
-    torch._C._set_sdp_priority_order(order)
+def set_attention_order(order: tuple[int, ...]) -> None:
+    torch._C._set_sdp_priority_order(list(order))
 
 
 def timeout_of(group: ProcessGroup) -> timedelta:

@@ -7,8 +7,8 @@ finds nothing. No torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -159,8 +159,9 @@ class Halves:
 class Facts:
     """All that the findings look at. `recomputed`, `batch`: the gain over running averages, and
     `batch_over_recomputed` likewise. `other_eps`: the gain with another eps in all layers.
-    `same_averages_as`: where in the file other weights have these very averages. `points`: scores
-    are shares of right samples, so that differences are percentage points."""
+    `same_averages_as`: where in the file other weights have these very averages. `of_ranks`: of
+    several ranks, each one's running averages by layer. `points`: scores are shares of right
+    samples, so that differences are percentage points."""
 
     layers: Sequence[LayerFacts]
     batch_size: int
@@ -171,6 +172,7 @@ class Facts:
     other_eps: tuple[float, Gain] | None = None
     same_averages_as: str | None = None
     halves: Halves | None = None
+    of_ranks: Mapping[str, Sequence[Values]] = field(default_factory=dict)
     points: bool = True
 
     @property
@@ -648,6 +650,74 @@ def frozen(facts: Facts) -> Finding | None:
     )
 
 
+def ranks_differ(facts: Facts) -> Finding | None:
+    """Averages of one rank that are further from those of the other ranks than their mini-batches
+    being different explains."""
+    apart = [
+        (distance, rank)
+        for layer in facts.layers
+        if layer.name in facts.of_ranks and layer.population is not None
+        for rank, distance in enumerate(_from_the_others(layer, layer.population, facts))
+    ]
+    beyond = [(distance, rank) for distance, rank in apart if distance.beyond_noise]
+    if not beyond:
+        return None
+    worst, rank = max(beyond, key=lambda item: item[0].size)
+    layers = list(dict.fromkeys(distance.layer.name for distance, _ in beyond))
+    ranks = sorted({rank for _, rank in beyond})
+    size = len(next(iter(facts.of_ranks.values())))
+    figures = "which holds NaN or infinity" if math.isinf(worst.mean) else _figures(worst, facts)
+    return Finding(
+        "ranks-differ",
+        tuple(layers),
+        f"Of {size} ranks, the running averages of "
+        f"{_number(len(ranks), 'rank')} ({', '.join(map(str, ranks))}) are not those of the "
+        f"others, furthest at {worst.layer.name} of rank {rank}: {figures}.",
+        "What a checkpoint predicts depends on the rank that wrote it; this audit is of rank 0's "
+        "averages.",
+        "Recompute the statistics over the samples of all ranks before writing a checkpoint, and "
+        "see whether that rank has other data, or layers that don't average.",
+        recomputing_helps=_helps(facts),
+    )
+
+
+_KINDS = ("mean", "var")
+
+
+def _from_the_others(layer: LayerFacts, population: Values, facts: Facts) -> list[Distance]:
+    """How far each rank's averages are from the median of all, in the population's units. Of two
+    ranks, how far they are apart, for the one that is further from the population."""
+    held = facts.of_ranks[layer.name]
+    scale = population.var + layer.eps
+    noise_mean = noise_log_var = 0.0
+    if layer.spread is not None:
+        # of one rank's averages and of one other's
+        samples = 2 * _averaged(layer) / facts.batch_size
+        noise_mean = _rms(np.sqrt(samples * layer.spread.mean / scale))
+        noise_log_var = _rms(np.sqrt(samples * layer.spread.var) / scale)
+
+    def distance(one: Values, mean: np.ndarray, var: np.ndarray) -> Distance:
+        if not one.finite.all():
+            return Distance(layer, math.inf, math.inf, noise_mean, noise_log_var)
+        return Distance(
+            layer,
+            _rms((one.mean - mean) / np.sqrt(scale)),
+            _rms(np.log((np.maximum(one.var, 0) + layer.eps) / (np.maximum(var, 0) + layer.eps))),
+            noise_mean,
+            noise_log_var,
+        )
+
+    finite = [one for one in held if one.finite.all()]
+    if len(held) == len(finite) == 2:
+        off = [distance(one, population.mean, population.var).size for one in held]
+        worse = int(np.argmax(off))
+        nothing = Distance(layer, 0.0, 0.0, noise_mean, noise_log_var)
+        apart = distance(held[worse], held[1 - worse].mean, held[1 - worse].var)
+        return [apart if rank == worse else nothing for rank in range(2)]
+    mean, var = (np.median([getattr(one, k) for one in finite or held], axis=0) for k in _KINDS)
+    return [distance(one, mean, var) for one in held]
+
+
 def of_other_weights(facts: Facts) -> Finding | None:
     if facts.same_averages_as is None:
         return None
@@ -740,6 +810,7 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
     used_uncalled,
     initial_share,
     of_other_weights,
+    ranks_differ,
     other_eps,
     inputs_differ,
     lagging,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bnexp.statistics.drift import LayerDrift, layer_drift
-    from bnexp.statistics.exact import MemoryEstimate
+    from bnexp.statistics.probe import MemoryEstimate
     from bnexp.statistics.recompute import (
         METHODS,
         batch_statistics,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HOME = {
     "LayerDrift": "drift",
     "layer_drift": "drift",
-    "MemoryEstimate": "exact",
+    "MemoryEstimate": "probe",
     "METHODS": "recompute",
     "batch_statistics": "recompute",
     "estimate_memory": "recompute",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import itertools
 import logging
 import platform
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,52 +34,12 @@ from bnexp.statistics.layer_by_layer import (
     layer_by_layer,
     meet,
 )
-from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep, in_threads
+from bnexp.statistics.lockstep import FINISHED, STOP, Lockstep
 from bnexp.statistics.moments import Moments, moments
-from bnexp.statistics.spill import OffloadMode, OffloadStore, PassMemory, free_memory
+from bnexp.statistics.probe import MemoryEstimate, Probe
+from bnexp.statistics.spill import OffloadMode, OffloadStore, free_memory
 
 _log = logging.getLogger("bnexp.statistics")
-# Which batches are run again, by how many there are; the second of more.
-_CHECKED: dict[int, tuple[int, ...]] = {1: (), 2: (0, 1), 3: (0, 1)}
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What `method="exact"` needs, in bytes, measured on the first batch.
-
-    batches: how many there are, None if unknown. waiting: what one batch holds while it waits,
-    at the BN layer (`layer`) where that is most: the layer's input, live skips, the model's
-    input. working: the most that one batch holds while it runs. bound: what `memory` allows.
-    Of several ranks that share memory: all their batches; `working` for one of each rank's.
-    """
-
-    batches: int | None
-    waiting: int
-    layer: str
-    working: int
-    bound: int
-
-    @property
-    def total(self) -> int | None:
-        """All batches waiting at `layer`, and one running."""
-        return None if self.batches is None else self.batches * self.waiting + self.working
-
-    @property
-    def elsewhere(self) -> int | None:
-        """How much of it must wait outside the bound: in host memory or on disk."""
-        return None if self.total is None else max(0, self.total - self.bound)
-
-    def __str__(self) -> str:
-        each = f"{format_bytes(self.waiting)} each waiting at {self.layer!r}"
-        if self.total is None:
-            return f"an unknown number of batches, {each}; bound {format_bytes(self.bound)}"
-        text = f"{self.batches} batches, {each}: {format_bytes(self.total)} in all"
-        if self.elsewhere:
-            text += (
-                f", {format_bytes(self.elsewhere)} of it beyond the bound of "
-                f"{format_bytes(self.bound)}, put elsewhere meanwhile"
-            )
-        return text
 
 
 class _PassFailed(Exception):
@@ -100,7 +60,9 @@ def exact(task: Task) -> dict[str, Population]:
     # Whoever makes batches may use their memory again for the next.
     batches: Iterator[Any] = (copied(b) if task.held is None else b for b in task.batches)
     start = list(itertools.islice(batches, 2))
-    probe = Probe.of(task, start[0]) if start else None
+    probe = None
+    if start:  # a single batch's pass is all that there is to do
+        probe = (Probe.of if len(start) == 1 else Probe.of_first)(task, start[0])
     outlooks = ranks.gather(_Outlook.of(task, start, probe), "the first batches")
     if not any(outlook.batches for outlook in outlooks):
         raise ranks.common(no_batches())
@@ -139,64 +101,6 @@ def exact(task: Task) -> dict[str, Population]:
     return by_layer(layer_by_layer(task, held))
 
 
-def memory_estimate(task: Task) -> MemoryEstimate:
-    """Takes and runs the first batch."""
-    for batch in task.batches:
-        return Probe.of(task, batch).estimate(task)
-    raise no_batches()
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One batch's pass alone: the way through the model, and what it held where, at most `working`.
-
-    change: what another pass would meet if this one waited at a BN layer: what differs there from
-    the model's state before, or a block that may put something back.
-    """
-
-    calls: list[Call]
-    working: int
-    change: str | None
-
-    @staticmethod
-    def of(task: Task, batch: Any) -> Probe:
-        memory = PassMemory()
-        calls: list[Call] = []
-        change: str | None = None
-        blocks = task.run.blocks()
-        threads = {threading.get_ident()}
-        with task.run.unseen, OffloadMode(OffloadStore()) as mode:
-            state = ModelState(task.model)
-
-            def normalize(name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
-                nonlocal change
-                held = memory.bytes
-                threads.add(threading.get_ident())
-                with mode.uncounted():
-                    change = change or state.change() or blocks.find()
-                    calls.append(Call.of(name, x, held))
-                    normalizer = Normalizer.by_its_own(calls[-1].moments, x)
-                if name == task.stop_after:
-                    raise Done
-                return normalizer.normalize(x, weight, bias, eps)
-
-            with normalized_by(task.layers, normalize):
-                if task.held is None:  # then its input counts as the pass's own
-                    mode.current = memory
-                batch = copied(batch)
-                mode.current = memory
-                task.run.try_out(batch)
-        if len(threads) > 1:  # raised there, it might be lost
-            raise in_threads()
-        if not calls:
-            raise UserError("the forward pass reaches no BN layer: nothing to recompute")
-        return Probe(calls, memory.peak, change)
-
-    def estimate(self, task: Task) -> MemoryEstimate:
-        most = max(self.calls, key=lambda call: call.held)
-        return MemoryEstimate(task.length, most.held, most.name, self.working, task.memory)
-
-
 @dataclass(frozen=True)
 class _Outlook:
     """What one rank has learned from its first two batches.
@@ -224,7 +128,7 @@ class _Outlook:
         if len(start) == 1 or (several and task.calls == "joint"):
             reason = None  # nothing is interleaved
         if reason is not None:  # perhaps a cache, which is filled once: does it change again?
-            reason = Probe.of(task, start[1]).change
+            reason = Probe.of_first(task, start[1]).change
         if reason is not None and task.ranks.size > 1:
             reason = f"rank {task.ranks.rank}: {reason}"
         held = task.held is not None
@@ -283,15 +187,16 @@ def _sweep(
     task.report.note(str(estimate))
     legs = len(probe.calls) + (task.stop_after is None)
     task.report.start(task.length and task.length * legs)
-    path = [call.name for call in probe.calls]
+    start = list(itertools.islice(batches, 2))
+    size = _samples(start[0])
+    scouts = [task.run.sample(batch) for batch in reversed(start)] if len(start) == 2 else []
+    batches = itertools.chain(start, batches)
     if estimate.elsewhere == 0:
-        sweep = _Sweep(task, path, Lockstep())
+        del start
+        sweep = _Sweep(task, probe, scouts, Lockstep())
         sweep.run(batches)
         return sweep.population
-    first = next(batches)
-    size = _samples(first)
-    batches = itertools.chain([first], batches)
-    del first
+    del start
     host = 0 if task.device.type == "cpu" else free_memory(torch.device("cpu")) // 2
     together = "" if task.ranks.size == 1 else " of all ranks here"
 
@@ -315,34 +220,58 @@ def _sweep(
     with contextlib.closing(store), OffloadMode(store) as mode:
         lockstep = Lockstep(mode, int(estimate.bound * share), int(estimate.working * share))
         try:
-            sweep = _Sweep(task, path, lockstep, mode)
+            sweep = _Sweep(task, probe, scouts, lockstep, mode)
             sweep.run(batches)
         except OSError as error:
             if error is not store.error:
                 raise
             raise UserError(
                 f"the disk under {store.folder()} is full ({error.strerror}): "
-                f"{that_fit(lockstep.started)} were too many for 'exact'; use fewer, point "
+                f"{that_fit(sweep.started)} were too many for 'exact'; use fewer, point "
                 "TMPDIR at a larger disk, or use method='pooled'"
             ) from error
     return sweep.population
 
 
+@dataclass
+class _Pass:
+    """What is known of one pass of the sweep.
+
+    number: of its batch; None if it is a scout's. kept: its batch, if it may have to be run again,
+    and `seen`: the moments at each BN layer. first: where its first leg, run alone, came to, and
+    `glimpse`: some of the values there. answer: how that layer normalizes, until it does.
+    """
+
+    number: int | None
+    kept: Any = None
+    seen: list[Moments] = field(default_factory=list)
+    first: Call | None = None
+    glimpse: Tensor | None = None
+    answer: Normalizer | None = None
+
+
 class _Sweep:
     """All batches' passes in lockstep, and whether they were independent.
+
+    Where the probe says so, what waits for the first BN layer is not kept: passes are ended there,
+    and begin again when its statistics are known.
 
     Passes hand things on by attributes, hooks or globals, which other passes overwrite while they
     wait; or they set something that all share and put it back later. In modules this is seen when
     the batches meet, and so are blocks that may put something back. What is left is seen by
-    running the second batch again, alone: it must see what it saw among the others. Where any
-    batch doesn't, it doesn't: of what is set and put back the first sees the right thing, of what
-    is handed on the last, and of a stack of three the second, so up to three the first runs, too.
+    scouts: two single samples, which count nowhere, pass among the batches, and then again,
+    alone, where they must see what they saw among the others. Where any pass doesn't, they don't:
+    of what is set and put back the first sees the right thing, of what is handed on the last, and
+    of a stack the one in the middle; scouts are the second and third of four at least, and two,
+    since something may be shared by passes of one size only, or of one kind: they are of two
+    batches. Without scouts the first and the second batch are run again.
     """
 
     def __init__(
         self,
         task: Task,
-        path: list[str],
+        probe: Probe,
+        scouts: list[Tensor | None],
         lockstep: Lockstep,
         mode: OffloadMode | None = None,
     ) -> None:
@@ -350,65 +279,132 @@ class _Sweep:
         self._task = task
         # The first pass may have left something behind the last layer.
         self._state = task.given if task.given.change() is None else ModelState(task.model)
-        self._path = path
+        self._path = [call.name for call in probe.calls]
+        self._again = probe.again
         self._lockstep = lockstep
         self._mode = mode
         self._blocks = task.run.blocks()
         self._open: str | None = None
         self._own_input = mode is not None and task.held is None
-        # Batches that may be run again, by number, and what each saw.
-        self._kept: dict[int, Any] = {}
-        self._seen: dict[int, list[Moments]] = {}
+        self._scouts = [scout for scout in scouts if scout is not None]
+        # Scouts have failed, or gone another way.
+        self._lost = len(self._scouts) < 2
+        self._passes: list[_Pass] = []
+        # The pass that runs, and whether it is to end at the first layer.
+        self._current = _Pass(None)
+        self._ending = False
+
+    @property
+    def started(self) -> int:
+        """How many batches' passes have begun."""
+        return sum(each.number is not None for each in self._passes)
 
     def run(self, batches: Iterator) -> None:
         try:
             with normalized_by(self._task.layers, self._normalize):
-                self._lockstep.run(self._jobs(batches), self._meet, self._task.report.advance)
+                self._lockstep.run(self._jobs(batches), self._meet, self._advanced)
         except (PathsDiffer, _PassFailed) as error:
-            if self._task.held is not None:
-                self._kept[error.number] = self._task.held[error.number]
-            if error.number in self._kept and self._goes_alone(self._kept[error.number]):
+            batch = self._batch(error.number)
+            if batch is not None and self._goes_alone(batch):
                 raise Dependent(
                     f"batch number {error.number}, counted from 0, comes to its end alone and not "
                     "among others"
                 ) from error
             raise error.__cause__ or error from None
-        for number, seen in self._seen.items():
-            self._check(self._kept[number], seen)
+        checked = (None,) if not self._lost else (0, 1) if self.started > 1 else ()
+        for each in self._passes:
+            if each.number in checked:
+                self._check(each.kept, each.seen)
 
-    def _normalize(self, name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
-        with self._mode.uncounted() if self._mode else contextlib.nullcontext():
-            call = Call.of(name, x)
-        self._open = self._open or self._blocks.find()
-        return self._lockstep.wait(call).normalize(x, weight, bias, eps)
+    def _batch(self, number: int) -> Any:
+        if self._task.held is not None:
+            return self._task.held[number]
+        return next((each.kept for each in self._passes if each.number == number), None)
 
     def _jobs(self, batches: Iterator) -> Iterator[Callable[[], None]]:
         for number, batch in enumerate(batches):
-            if number < 2:
-                self._kept[number] = batch
-            yield functools.partial(self._job, number, [batch])
+            yield self._job(_Pass(number, batch if number < 2 else None), batch)
+            if number == 0 and not self._lost:
+                for scout in self._scouts:
+                    yield self._job(_Pass(None, scout), scout)
 
-    def _job(self, number: int, cell: list) -> None:
+    def _job(self, this: _Pass, batch: Any) -> Callable[[], None]:
+        self._passes.append(this)
+        return functools.partial(self._go, this, [batch])
+
+    def _go(self, this: _Pass, cell: list) -> None:
         try:
             if self._own_input:  # so that it may wait elsewhere too
                 cell.append(copied(cell.pop()))
-            self._task.run(cell.pop())
-        except (UserError, OSError):
+            if self._again:
+                self._current, self._ending = this, True
+                # In a context of its own, so that what it sets there isn't met the next time.
+                contextvars.copy_context().run(self._task.run, cell[0], self._state)
+                self._ending = False
+                if this.first is None:
+                    return
+                this.answer = self._wait(this, this.first)
+            self._current = this
+            self._task.run(cell.pop(), self._state)
+            if this.answer is not None:
+                raise _not_the_same(this)
+        except (UserError, OSError, Dependent):
             raise
         except Exception as error:
-            raise _PassFailed(number) from error
+            if this.number is None:
+                self._lost = True
+                return
+            raise _PassFailed(this.number) from error
+
+    def _normalize(self, name: str, x: Tensor, weight, bias, eps: float) -> Tensor:
+        this = self._current
+        self._open = self._open or self._blocks.find()
+        with self._mode.uncounted() if self._mode else contextlib.nullcontext():
+            if this.answer is not None:
+                normalizer, this.answer = this.answer, None
+                if this.first is None or name != this.first.name or not _alike(x, this.glimpse):
+                    raise _not_the_same(this)
+                call = None
+            else:
+                call = Call.of(name, x)
+                if self._ending:
+                    this.first, this.glimpse = call, _glimpse(x).clone()
+                    raise Done
+        if call is not None:
+            normalizer = self._wait(this, call)
+        return normalizer.normalize(x, weight, bias, eps)
+
+    def _wait(self, this: _Pass, call: Call) -> Normalizer:
+        normalizer = self._lockstep.wait(call)
+        self._current = this
+        if this.number is None and self._lost:
+            raise Done
+        return normalizer
+
+    def _advanced(self, index: int) -> None:
+        if self._passes[index].number is not None:
+            self._task.report.advance()
 
     def _meet(self, items: list) -> object:
         """All batches have arrived: the population statistics of this call are final."""
-        if len(items) > 1 and (change := self._open or self._state.change()):
-            raise Dependent(change)
-        call = meet(self._task, [None if item is FINISHED else item for item in items])
-        if call is None:
+        calls = [None if item is FINISHED else item for item in items]
+        arrived = list(zip(self._passes, calls, strict=True))
+        of_batches = [call for each, call in arrived if each.number is not None]
+        if not any(of_batches):  # only scouts go on
+            self._lost = True
             return STOP
-        self.population.append(call)
-        for number in _CHECKED.get(len(items), (1,)):
-            self._seen.setdefault(number, []).append(items[number].moments)
-        return STOP if call.name == self._task.stop_after else call.normalizer
+        if len(of_batches) > 1 and (change := self._open or self._state.change()):
+            raise Dependent(change)
+        whole = meet(self._task, of_batches)
+        if whole is None:
+            return STOP
+        self.population.append(whole)
+        for each, call in arrived:
+            if each.number is None and (call is None or call.name != whole.name):
+                self._lost = True
+            elif call is not None and each.kept is not None:
+                each.seen.append(call.moments)
+        return STOP if whole.name == self._task.stop_after else whole.normalizer
 
     def _goes_alone(self, batch: Any) -> bool:
         """Whether a batch's pass, alone, calls the layers that the first batch's called."""
@@ -459,6 +455,31 @@ def _agree(a: Moments, b: Moments, dtype: torch.dtype) -> bool:
     return a.count == b.count and bool(
         ((a.mean - b.mean).abs() <= tolerance * std).all()
         and ((a.var.sqrt() - b.var.sqrt()).abs() <= tolerance * std).all()
+    )
+
+
+def _glimpse(x: Tensor) -> Tensor:
+    """The values of `x` at one place."""
+    while x.dim() > 2:
+        x = x.select(-1, x.shape[-1] // 2)
+    return x
+
+
+def _alike(x: Tensor, glimpse: Tensor | None) -> bool:
+    """Whether `x` is what it was when this was seen of it. Waits for a GPU."""
+    now = _glimpse(x)
+    if glimpse is None or now.shape != glimpse.shape:
+        return False
+    if now.numel() == 0 or torch.equal(now, glimpse):
+        return True
+    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 3e-2
+    return bool((now - glimpse).abs().max() <= tolerance * glimpse.abs().max())
+
+
+def _not_the_same(this: _Pass) -> Dependent:
+    which = "a sample" if this.number is None else f"batch number {this.number}, counted from 0,"
+    return Dependent(
+        f"{which} comes to another first BN layer, or brings it other values, each time"
     )
 
 

@@ -26,6 +26,9 @@ from bnexp.torch_internals import version as version_of
 # is done in float64.
 _OFFSET = 32.0
 
+# Of a batch with fewer samples, one is too large a part to be run beside it.
+_FEWEST_SAMPLES = 4
+
 Calls = Literal["each", "joint"]
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -114,23 +117,34 @@ class Runner:
         try:
             self._run(batch)
         except Done:
-            self._undo()
+            self.undo()
         self._writes = any(version is None or version_of(t) != version for t, version in before)
 
-    def __call__(self, batch: Any) -> None:
+    def __call__(self, batch: Any, state: ModelState | None = None) -> None:
+        """state: what a pass that `Done` ends leaves; None is the model as it was given."""
         cell = [copied(batch) if self._writes else batch]
         del batch
         try:
             self._run(cell.pop())
         except Done:
-            self._undo()
+            self.undo(state)
+
+    def sample(self, batch: Any, number: int = 0) -> Tensor | None:
+        """A copy of one of several samples, as a batch; None where it isn't known how to take it
+        or it would be too large a part of them."""
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if self._forward is not None or type(x) is not Tensor or x.layout is not torch.strided:
+            return None
+        enough = x.dim() and len(x) >= _FEWEST_SAMPLES
+        return x[number : number + 1].clone() if enough else None
 
     def blocks(self) -> OpenBlocks:
         """To find the `with` and `try` blocks of the model's, between here and a BN layer."""
         return OpenBlocks(Runner._run.__code__)
 
-    def _undo(self) -> None:
-        self._given.restore()
+    def undo(self, state: ModelState | None = None) -> None:
+        """Put back what a pass has set that was cut short."""
+        (state or self._given).restore(unseen=False)
         self._settings.restore()
 
     def _run(self, batch: Any) -> None:

@@ -49,7 +49,6 @@ class Lockstep:
         self._thread = threading.get_ident()
         self._closed = False
         self._settings = PassSettings()
-        self.started = 0
 
     def wait(self, item: Any) -> Any:
         """Called inside a job: pauses it until all others wait as well."""
@@ -64,12 +63,13 @@ class Lockstep:
         self,
         jobs: Iterable[Callable[[], None]],
         decide: Callable[[list], Any],
-        advanced: Callable[[], None] = lambda: None,
+        advanced: Callable[[int], None] = lambda number: None,
     ) -> None:
         """Run all jobs to their end, or until `decide` says `STOP`.
 
         An exception in a job, in `jobs` or in `decide` ends all of it and propagates. No
-        greenlet is left behind in any case. `advanced` is called after each job's each leg.
+        greenlet is left behind in any case. `advanced` is called after each leg, with the number
+        of the job, counted from 0.
         """
         passes: list[tuple[greenlet, PassMemory]] = []
         try:
@@ -78,16 +78,15 @@ class Lockstep:
                 passes.append((greenlet(job, parent=self._hub), PassMemory()))
                 passes[-1][0].gr_context = contextvars.copy_context()
                 del job
-                self.started += 1
                 items.append(self._advance(*passes[-1]))
-                advanced()
+                advanced(len(items) - 1)
             while any(item is not FINISHED for item in items):
                 answer = decide(items)
                 if answer is STOP:
                     return
                 for index, (job, memory) in enumerate(passes):
                     items[index] = self._advance(job, memory, answer)
-                    advanced()
+                    advanced(index)
         finally:
             self._closed = True
             # The last first, so that what they set and put back is put back in order.

@@ -107,6 +107,19 @@ class PassSettings:
             self._write_base(stack.callback)
             yield
 
+    def hold(self) -> bool:
+        """Whether the base holds."""
+        return (
+            all(
+                _same(read(), base)
+                for (read, _), base in zip(self._settings, self._base, strict=True)
+            )
+            and torch.is_inference_mode_enabled() == self._inference
+            and internals.function_modes() == self._function_modes
+            and internals.dispatch_modes() == self._dispatch_modes
+            and internals.saved_tensor_hooks() == self._hooks
+        )
+
     def restore(self) -> None:
         """Back to the base, from what a pass left that was cut short; but for modes and hooks."""
         self._write_base(lambda *_: None)
@@ -124,7 +137,11 @@ class PassSettings:
     def _write_base(self, undo: Callable) -> None:
         for (read, write), base in zip(self._settings, self._base, strict=True):
             own = read()
-            # Lists (of warning filters) are changed in place.
-            if own is not base and (isinstance(own, list) or own != base):
+            if not _same(own, base):
                 undo(write, own)
                 write(base)
+
+
+def _same(own: Any, base: Any) -> bool:
+    # Lists (of warning filters) are changed in place.
+    return own is base or (not isinstance(own, list) and own == base)

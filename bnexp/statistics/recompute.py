@@ -21,11 +21,12 @@ from bnexp.nn.find import batchnorm_layers, refuse_meetings, refuse_replicas
 from bnexp.nn.inference import eagerly, inference
 from bnexp.nn.intercept import normalized_by
 from bnexp.ranks import Alone, Ranks, choose_ranks
-from bnexp.statistics.exact import MemoryEstimate, exact, memory_estimate
+from bnexp.statistics.exact import exact
 from bnexp.statistics.forward import Calls, Forward, Population, Runner, Task, device_of, need_two
 from bnexp.statistics.methods import Method
 from bnexp.statistics.pass_settings import PassSettings
 from bnexp.statistics.per_batch import batch_mean, pooled
+from bnexp.statistics.probe import MemoryEstimate, memory_estimate
 from bnexp.statistics.progress import Progress, Report, reporting
 from bnexp.statistics.spill import memory_bound
 from bnexp.statistics.statistics import Statistics
@@ -193,7 +194,7 @@ def prepared_task(
         )
     device = torch.device(device) if device is not None else device_of(model)
     bound = memory_bound(memory, device)
-    with eagerly(), inference(model) as given:
+    with eagerly(), inference(model, parameters=True) as given:
         settings = PassSettings()
         run = Runner(model, device, forward, given, settings)
         try:
