@@ -6,8 +6,8 @@ ResNet-18 at 64 px, as many images to recompute from as to test on, four conditi
 averages, recomputed ones (exact), a blend of both, and batch statistics. The bare passes are one
 recomputation and an evaluation under each condition. Where averages cost something, gradients are
 taken at three points on 1,000 test images: the attribution's passes, also timed by themselves; an
-audit may take 1.2 times the bare passes and these. The model is trained for a few steps on images of
-ten kinds of noise; its averages then get momentum 0.002's share of their start, or with --healthy
+audit may take 1.2 times the bare passes and these. The model is trained for a few steps on noise of
+ten kinds; its averages then get momentum 0.002's share of their start, or with --healthy
 none. Rounds are interleaved; medians, of wall and of processor time, in Markdown.
 """
 
@@ -19,10 +19,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from bnexp.performance import keep_freed_memory
-
-keep_freed_memory()
-
 import torch
 from torch import nn
 from torchvision.models import resnet18
@@ -31,6 +27,7 @@ import bnexp
 from bnexp.evaluation.attribution import attribute
 from bnexp.evaluation.scoring import Task, scores_under
 from bnexp.evaluation.subsets import Batches
+from bnexp.performance import keep_freed_memory
 from bnexp.statistics import batch_statistics
 
 SIZE, BATCH = 64, 64
@@ -87,6 +84,7 @@ def main() -> None:
     parser.add_argument("--healthy", action="store_true")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
+    keep_freed_memory()
     population, test = images(given.images, 1), images(given.images, 2)
     model = trained(population, given.steps, given.device, given.healthy)
     task = Task(torch.device(given.device))

@@ -8,6 +8,9 @@ exact     `recompute_statistics(method="exact")` on 8,000 images: one process of
           two processes of one thread each, which have half of the images; and two processes with
           more and more images each
 meetings  one meeting of the ranks, with the moments of a BN layer
+exchanges one exchange of tensors in a step: the moments of a BN layer, and gradients
+steps     the share of what is exchanged in a step of training
+train     a whole `bnexp train`, imports and all: one process of two threads against two of one
 
 The processes live through all rounds, in which the contenders take turns; which begins alternates.
 A round gives one ratio; printed are the medians with their quartiles. With --processor-time the
@@ -18,8 +21,11 @@ use the machine, and it leaves out what ranks wait for one another.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -92,8 +98,12 @@ def work(job: dict) -> None:
     import torch.distributed as distributed
     from recompute import images, small_cnn
 
+    from bnexp.collectives import Collectives
+    from bnexp.config import resolve
     from bnexp.ranks import Alone, TorchRanks
     from bnexp.statistics import recompute_statistics
+    from bnexp.training.build import build_training
+    from bnexp.training.loop import train_step
 
     distributed.init_process_group(
         "gloo", init_method=f"file://{job['store']}", rank=job["rank"], world_size=job["size"]
@@ -116,7 +126,50 @@ def work(job: dict) -> None:
         for _ in range(100):
             ranks.gather(value, "a BN layer")
 
-    jobs: dict[str, Callable[[int], None]] = {"exact": exact, "meet": meet}
+    def exchange(channels: int) -> None:
+        value = torch.randn(2 * channels + 1, dtype=torch.float64)
+        for _ in range(100):
+            collectives.gather(value)
+
+    def add_up(numbers: int) -> None:
+        value = torch.zeros(numbers)
+        for _ in range(20):
+            distributed.all_reduce(value, group=collectives.group)
+
+    def steps(kind: int) -> None:
+        """20 steps: 0: BN over all ranks; 1: over each rank's part; 2: and no gradients told."""
+        training, model, batches = trainings(kind == 0)
+        without = contextlib.nullcontext() if kind < 2 else model.no_sync()
+        with without:
+            for _ in range(20):
+                train_step(training, model, batches, 0.01)
+
+    @functools.cache
+    def trainings(across: bool) -> tuple:
+        part = None if across else BATCH // job["size"]
+        config = resolve(
+            {
+                "data": {"name": "digits"},
+                "model": {"name": "small-cnn"},
+                "statistics": {"normalization_batch": part},
+                "training": {"steps": 10**6, "batch_size": BATCH},
+            },
+            ["data.image_size=28"],
+            "the benchmark",
+        )
+        training = build_training(config, torch.device("cpu"), ranks=ranks)
+        training.state.model.train()
+        batches = training.data.train.training_batches(BATCH, share=training.processes.share)
+        return training, training.processes.parallel(training.state.model), batches
+
+    collectives = Collectives(ranks, torch.device("cpu")) if job["size"] > 1 else None
+    jobs: dict[str, Callable[[int], None]] = {
+        "exact": exact,
+        "meet": meet,
+        "exchange": exchange,
+        "add_up": add_up,
+        "steps": steps,
+    }
     clock = time.process_time if job["processor_time"] else time.perf_counter
     for line in sys.stdin:
         name, *arguments = json.loads(line)
@@ -177,7 +230,77 @@ def meetings(options: argparse.Namespace) -> None:
         group.close()
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], None]] = {"exact": exact, "meetings": meetings}
+def exchanges(options: argparse.Namespace) -> None:
+    print("\n## One exchange of tensors in a step\n")
+    print("| ranks | what | microseconds |\n| ---: | --- | ---: |")
+    for size in (2, 4):
+        group = Group(size, 1, options.processor_time)
+        for channels in (64, 512, 2048):
+            found = [1e4 * group.seconds("exchange", channels) for _ in range(options.rounds)]
+            print(f"| {size} | gather, moments of {channels} channels | {quartiles(found, 0)} |")
+        for numbers in (50_000, 1_000_000):
+            found = [5e4 * group.seconds("add_up", numbers) for _ in range(options.rounds)]
+            print(f"| {size} | all-reduce, {numbers:,} gradients | {quartiles(found, 0)} |")
+        group.close()
+
+
+def steps(options: argparse.Namespace) -> None:
+    two = Group(2, 1, options.processor_time)
+    for kind in range(3):
+        two.seconds("steps", kind)  # warms up
+    found: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    for _ in range(options.rounds):
+        for kind, times in found.items():
+            times.append(50 * two.seconds("steps", kind))
+    two.close()
+    print(f"\n## A step of two ranks (small CNN, 28 × 28 pixels, mini-batches of {BATCH})\n")
+    print("| | milliseconds |\n| --- | ---: |")
+    print(f"| BN over the whole mini-batch, gradients told | {quartiles(found[0], 1)} |")
+    print(f"| BN over each rank's part, gradients told | {quartiles(found[1], 1)} |")
+    print(f"| BN over each rank's part, nothing told | {quartiles(found[2], 1)} |")
+    told, apart, silent = (statistics.median(found[kind]) for kind in range(3))
+    print(f"\nShare of the exchanges of BN layers {(told - apart) / told:.0%}, ", end="")
+    print(f"of the gradients {(apart - silent) / told:.0%}.")
+
+
+def train(options: argparse.Namespace) -> None:
+    """Processor time is that of all processes together."""
+    length = "training.steps=100" if options.quick else "training.epochs=1"
+    ways = {"one process of two threads": (1, 2), "two processes of one thread": (2, 1)}
+    wall: dict[str, list[float]] = {way: [] for way in ways}
+    busy: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(max(1, options.rounds // 3)):
+        for way, (processes, threads) in list(ways.items())[:: 1 if number % 2 else -1]:
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-m", "bnexp", "train", "fashion-mnist", length, "-q"]
+                command += ["--runs-dir", folder, "--processes", str(processes)]
+                environment = {
+                    **os.environ,
+                    "PYTHONPATH": str(HERE.parent),
+                    "OMP_NUM_THREADS": str(threads),
+                }
+                before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+                subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+                wall[way].append(time.perf_counter() - started)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                took = (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime)
+                busy[way].append(took)
+    print(f"\n## `bnexp train fashion-mnist {length}`, whole processes\n")
+    print("| | seconds | of processor |\n| --- | ---: | ---: |")
+    for way in ways:
+        print(f"| {way} | {quartiles(wall[way], 1)} | {quartiles(busy[way], 1)} |")
+    for what, times in (("seconds", wall), ("of processor", busy)):
+        ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+        print(f"\nRatio, {what}: {quartiles(ratios)}.")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "exact": exact,
+    "meetings": meetings,
+    "exchanges": exchanges,
+    "steps": steps,
+    "train": train,
+}
 
 
 def main() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,23 +18,25 @@ from torch import nn
 from bnexp.analysis.comparison import Comparison, compare
 from bnexp.analysis.findings import (
     SIGNIFICANT,
-    CurvePoint,
     Facts,
     Finding,
     Gain,
     Halves,
+    Values,
     find,
     in_words,
 )
 from bnexp.analysis.layers import LayerCost, LayerRow
 from bnexp.analysis.results import Paired
-from bnexp.analysis.scores import compare_scores, gain
+from bnexp.analysis.sample_curve import CurvePoint
+from bnexp.analysis.scores import close_scores, compare_scores, gain
 from bnexp.condition import Condition
 from bnexp.errors import UserError
 from bnexp.evaluation.attribution import Attribution, attribute
 from bnexp.evaluation.enough import Enough
 from bnexp.evaluation.layer_facts import Modes, layer_facts
 from bnexp.evaluation.scoring import (
+    Alike,
     FirstSamples,
     Forward,
     Score,
@@ -60,6 +62,9 @@ from bnexp.statistics.forward import device_of
 from bnexp.statistics.progress import Progress
 from bnexp.statistics.recompute import Method
 
+if TYPE_CHECKING:
+    from bnexp.report.audit_table import Form
+
 # What is looked at besides the conditions is to cost about a fifth of these, so that some of the
 # samples must do, evenly spread: of the test set for the attribution and for a curve,
 LOOK_SAMPLES = 1000
@@ -75,8 +80,13 @@ WORTH_TRYING = 0.2
 # The eps of PyTorch and of Keras: layers with one are tried with the other.
 EPS = {1e-5: 1e-3, 1e-3: 1e-5}
 
+T = TypeVar("T")
+
 RUNNING, BATCH, NONE = Condition("running"), Condition("batch"), Condition("none")
 BLENDED = Condition("blended")
+
+if TYPE_CHECKING:
+    from bnexp.report.audit_table import Form
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,9 +187,29 @@ class Audit:
         )
 
     def __str__(self) -> str:
+        from bnexp.report.audit_table import PLAIN
+
+        return self._text(PLAIN)
+
+    def markdown(self) -> str:
+        """What `print` shows, as Markdown: for a pull request, or the summary of a pipeline."""
+        from bnexp.report.audit_table import MARKDOWN
+
+        return self._text(MARKDOWN)
+
+    def _text(self, form: Form) -> str:
         from bnexp.report.audit_table import as_text
 
-        return as_text(self.comparison, self.findings, self.summary, self.attribution, self.halves)
+        return as_text(
+            self.comparison,
+            self.findings,
+            self.summary,
+            self.attribution,
+            self.halves,
+            self.population_samples,
+            self.curve,
+            form,
+        )
 
     def _repr_html_(self) -> str:
         from bnexp.report.audit_page import render_part
@@ -231,7 +261,12 @@ def audit(
             start with one, or dicts with an image. Tensors are on the device.
         samples: at most about so many of the population (whole batches); None: all.
         memory, device, progress: as in `recompute_statistics`.
-        ranks: None: this process alone. Under a process group of several ranks that must be said.
+        ranks: `bnexp.TorchRanks()`: the ranks of a process group share the work, and all get the
+            same audit, but for `seconds`. All are given the same population and test (no
+            DistributedSampler; a DataLoader that shuffles by torch's random numbers is given rank
+            0's state of these), and go through all of it. The running averages are those of rank
+            0, and a finding says where others differ. In a process group of several ranks it must
+            be chosen.
         prior: also blend the recomputed statistics with the running averages, as if these were
             those of so many further samples (`blend`): for populations of another domain. 0 is
             AdaBN. Mending then writes the blended ones.
@@ -249,18 +284,21 @@ def audit(
     ranks = choose_ranks(ranks, "an audit")
     model = original_module(model)
     for name, batches in (("population", population), ("test", test)):
-        if iter(batches) is batches:
+        if isinstance(batches, Iterator):
             raise UserError(f"{name} is an iterator, which ends after one pass: give a list or a "
                             "DataLoader")  # fmt: skip
     if not methods:
         raise UserError(f"name a method to recompute with: {', '.join(METHODS)}")
     if unknown := [m for m in methods if m not in METHODS]:
         raise UserError(f"method {unknown[0]!r} is unknown: choose {', '.join(METHODS)}")
-    task = Task(torch.device(device) if device is not None else device_of(model), forward, score)
+    device = torch.device(device) if device is not None else device_of(model)
+    task = Task(device, forward, score, ranks)
     words = score_name or ("accuracy" if score is None else "score")
-    with torch.random.fork_rng([]):  # a DataLoader draws from it whenever it is gone through
+    # A DataLoader draws from torch's generator whenever it is gone through.
+    with ranks.together("an audit"), torch.random.fork_rng([]):
+        torch.set_rng_state(ranks.broadcast(torch.get_rng_state(), "the random numbers"))
         judge = _Judge(
-            model, Batches(population), Batches(test), task, words, classes, samples, memory, ranks
+            model, Batches(population), Batches(test), task, words, classes, samples, memory
         )
         if not batchnorm_layers(model):
             return judge.without_batchnorm()
@@ -277,7 +315,6 @@ class _Judge:
     classes: Sequence[str] | None
     samples: int | None
     memory: int | float | str | None
-    ranks: Ranks
     seconds: dict[str, float] = field(default_factory=dict)
 
     def without_batchnorm(self) -> Audit:
@@ -297,7 +334,9 @@ class _Judge:
         same_averages_as: str | None,
     ) -> Audit:
         model, modes = self.model, Modes.of(self.model)
-        running = running_statistics(model)
+        ranks = self.task.ranks
+        averages = ranks.gather(running_statistics(model), "the running averages")
+        running = averages[0]  # what a checkpoint usually holds
         counted = FirstSamples(self.population, self.samples)
         recomputed: dict[Condition, Statistics] = {}
         for method in methods:
@@ -316,14 +355,16 @@ class _Judge:
             scores = scores_under(model, self.test, settings, self.task)
         with self._timed("layers"):
             some = self.population.spread(SPREAD_SAMPLES, counted.batches_seen)
-            facts = layer_facts(
-                model,
-                running,
-                reference,
-                self.population.only(some),
-                self.task,
-                modes=modes,
-                not_in_file=not_in_file,
+            facts = self._once(
+                lambda: layer_facts(
+                    model,
+                    running,
+                    reference,
+                    self.population.only(some),
+                    self.task,
+                    modes=modes,
+                    not_in_file=not_in_file,
+                )
             )
         made = {
             "running": _decay(model),
@@ -333,7 +374,9 @@ class _Judge:
         if prior is not None:
             made["blended"] = f"running averages as {prior:g} of {prior + counted.seen:g} samples"
         comparison = self._compare(scores, RUNNING, made, {})
-        main = _gain_of(comparison, first)
+        every = [s.values for s in scores.values()]
+        close = 0.0 if self.task.score is None else close_scores(every)
+        main = _gain_of(comparison, first, close)
         look = self.test.spread(LOOK_SAMPLES)
         closer = self.test.spread(max(CLOSER_SAMPLES, int(CLOSER_SHARE * self.test.samples)))
         with self._timed("samples"):
@@ -347,6 +390,7 @@ class _Judge:
                     lambda batches: self._recompute(batches, methods[0], False),
                     self.test,
                     self.task,
+                    close,
                 )
                 if curve:
                     halves, points = enough.curve(self._of(scores[first], look), look)
@@ -356,17 +400,19 @@ class _Judge:
                     )
         attribution = None
         names: list[str] = []
-        if main.p < SIGNIFICANT:
+        if main.matters(SIGNIFICANT):
             with self._timed("attribution"):
-                attribution = attribute(
-                    model, lambda: self.test.only(look), self.task.loss, running, reference
+                attribution = self._once(
+                    lambda: attribute(
+                        model, lambda: self.test.only(look), self.task.loss, running, reference
+                    )
                 )
             names = self._worst(attribution, running, reference)
         with self._timed("exchanging layers"):
             base = {c: self._of(scores[c], closer) for c in (RUNNING, first)}
             costs = self._exchanged(running, reference, names, base[RUNNING], base[first], closer)
         with self._timed("eps"):
-            eps = self._other_eps(scores[RUNNING], closer, look)
+            eps = self._other_eps(scores[RUNNING], closer, look, close)
         rows = self._rows(running, recomputed, first, costs)
         comparison = replace(comparison, layers=rows)
         found = Facts(
@@ -374,13 +420,14 @@ class _Judge:
             batch_size=self.population.sizes[0],
             population_samples=counted.seen,
             recomputed=main,
-            batch=_gain_of(comparison, BATCH) if batch else None,
-            batch_over_recomputed=gain(scores[first].values, scores[BATCH].values)
+            batch=_gain_of(comparison, BATCH, close) if batch else None,
+            batch_over_recomputed=gain(scores[first].values, scores[BATCH].values, close)
             if batch
             else None,
             other_eps=eps,
             same_averages_as=same_averages_as,
             halves=halves,
+            of_ranks=_of_ranks(averages),
             points=self.task.score is None,
         )
         findings = find(found)
@@ -399,17 +446,26 @@ class _Judge:
     def _timed(self, name: str) -> AbstractContextManager:
         return _Timer(self.seconds, name)
 
+    def _once(self, make: Callable[[], T]) -> T:
+        """What the first rank makes, for all of them."""
+        ranks = self.task.ranks
+        return ranks.broadcast(make() if ranks.rank == 0 else None, "a look at the layers")
+
     def _recompute(self, batches: Iterable, method: Method, progress: Progress) -> Statistics:
-        return recompute_statistics(
+        ranks = self.task.ranks
+        alike = Alike(batches, ranks, "population")
+        found = recompute_statistics(
             self.model,
-            batches,
+            ranks.share(alike),
             method=method,
             device=self.task.device,
             memory=self.memory,
             progress=progress,
             forward=lambda model, batch: self.task.output(model, batch),
-            ranks=self.ranks,
+            ranks=ranks,
         )
+        alike.check()
+        return found
 
     def _of(self, scores: Scores, numbers: Sequence[int]) -> Scores:
         """The scores of the samples in these batches of the test set."""
@@ -479,7 +535,7 @@ class _Judge:
         }
 
     def _other_eps(
-        self, running: Scores, few: Sequence[int], more: Sequence[int]
+        self, running: Scores, few: Sequence[int], more: Sequence[int], close: float
     ) -> tuple[float, Gain] | None:
         """Another framework's eps in all layers, and what it gains: on more samples if the few
         speak for it."""
@@ -488,8 +544,8 @@ class _Judge:
             return None
         for numbers in (few, more):
             found = self._scores({"eps": partial(other_eps, eps=EPS[now])}, numbers)["eps"]
-            gained = gain(self._of(running, numbers).values, found.values)
-            if gained.difference <= 0 or gained.p >= WORTH_TRYING:
+            gained = gain(self._of(running, numbers).values, found.values, close)
+            if gained.difference <= 0 or not gained.matters(WORTH_TRYING):
                 break
         return EPS[now], gained
 
@@ -528,10 +584,24 @@ class _Timer:
         self._seconds[self._name] = round(time.perf_counter() - self._started, 3)
 
 
-def _gain_of(comparison: Comparison, condition: Condition) -> Gain:
+def _of_ranks(averages: Sequence[Statistics]) -> dict[str, list[Values]]:
+    """Per layer the running averages of each rank, where there are several."""
+    if len(averages) == 1:
+        return {}
+    return {
+        name: [
+            Values(held.mean[name].double().cpu().numpy(), held.var[name].double().cpu().numpy())
+            for held in averages
+        ]
+        for name in averages[0].names
+        if all(name in held.mean for held in averages)
+    }
+
+
+def _gain_of(comparison: Comparison, condition: Condition, close: float) -> Gain:
     """The difference to the baseline, its p-value corrected as in the comparison."""
     pair: Paired = next(p for r, p in comparison.others if r.condition == condition)
-    return Gain(pair.difference, *pair.difference_interval, pair.p_holm)
+    return Gain(pair.difference, *pair.difference_interval, pair.p_holm, close)
 
 
 def _with_one(most: Statistics, one: Statistics, name: str) -> Statistics:

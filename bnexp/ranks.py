@@ -63,8 +63,8 @@ class Alone:
     def gather(self, value: T, where: str) -> list[T]:
         return [value]
 
-    def broadcast(self, value: T, where: str, root: int = 0) -> T:
-        return value
+    def broadcast(self, value: T | None, where: str, root: int = 0) -> T:
+        return value  # type: ignore[return-value]
 
     def agree(self, value: Any, where: str) -> None:
         """There is nobody to disagree with."""
@@ -132,8 +132,8 @@ class TorchRanks:
             raise self._over
         return [pickle.loads(payload) for payload in self._meet(where, _pickled(value))]
 
-    def broadcast(self, value: T, where: str, root: int = 0) -> T:
-        """The `value` of the rank `root`, on all ranks."""
+    def broadcast(self, value: T | None, where: str, root: int = 0) -> T:
+        """The `value` of the rank `root`, on all ranks; what the others give is not looked at."""
         mine = value if self.rank == root else None
         return self.gather(mine, where)[root]  # type: ignore[return-value]
 
@@ -307,24 +307,24 @@ class _Line:
 
         from bnexp.torch_internals import timeout_of
 
+        members = distributed.get_process_group_ranks(group)
         self._group: Any = distributed.new_group(
-            distributed.get_process_group_ranks(group),
-            timeout=timeout_of(group),
-            backend="gloo",
-            use_local_synchronization=True,
+            members, timeout=timeout_of(group), backend="gloo", use_local_synchronization=True
         )
         self.failures = 0  # that all ranks have met
+        # The store may outlive the group, and remember what another one said.
+        self._name = self.exchange(os.urandom(16), len(members))[0][:16].hex()
 
     def say_failed(self) -> None:
         """For ranks that don't meet for long."""
         with contextlib.suppress(RuntimeError):  # it is gone with the rank that held it
             if self._group is not None:
-                self._group.get_group_store().set(f"failed {self.failures}", "1")
+                self._group.get_group_store().set(f"failed {self._name} {self.failures}", "1")
 
     def has_failed(self) -> bool:
         with contextlib.suppress(RuntimeError):
             if self._group is not None:
-                return self._group.get_group_store().check([f"failed {self.failures}"])
+                return self._group.get_group_store().check([f"failed {self._name} {self.failures}"])
         return False
 
     def exchange(self, message: bytes, size: int) -> list[bytes]:
@@ -334,9 +334,9 @@ class _Line:
         import torch
         import torch.distributed as distributed
 
-        mine = torch.zeros(_MESSAGE, dtype=torch.uint8)
+        mine = torch.zeros(_MESSAGE, dtype=torch.uint8, device="cpu")
         mine.numpy()[: len(message)] = memoryview(message)
-        every = torch.empty(size, _MESSAGE, dtype=torch.uint8)
+        every = torch.empty(size, _MESSAGE, dtype=torch.uint8, device="cpu")
         try:
             _finish(distributed.all_gather(list(every), mine, group=self._group, async_op=True))
         except RuntimeError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn, overrides
@@ -15,6 +17,7 @@ from torch.utils import _python_dispatch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 SavedTensorHooks = tuple[Callable, Callable]
 
 
@@ -46,10 +49,28 @@ def in_transform(tensor: Tensor) -> bool:
 def outside_of_graphs(function: Callable[[], None]) -> Callable[[], None]:
     """`function`, called as it is by compiled code.
 
-    Unlike `torch.compiler.disable`, this imports the compiler, for a second, when it is called
-    first.
+    Unlike `torch.compiler.disable`, this does not import the compiler, which takes as long as
+    importing torch: without it there is no compiled code.
     """
-    return torch._disable_dynamo(function)
+    disabled = torch._disable_dynamo(function)
+
+    def call() -> None:
+        if "torch._dynamo" in sys.modules:
+            disabled()
+        else:
+            function()
+
+    return call
+
+
+def without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
+    """The optimizer `kind` as a class of its own that does not import torch's compiler, which takes
+    as long as importing torch. Its `step` takes no closure and can't be differentiated or compiled.
+    """
+    methods = ("state_dict", "load_state_dict", "zero_grad", "add_param_group")
+    plain: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in methods}
+    plain["step"] = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), plain)
 
 
 def version(tensor: Tensor) -> int:

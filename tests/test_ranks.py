@@ -106,6 +106,8 @@ def what_is_gathered(rank):
             found = ranks.gather((rank, value), "a value")
             assert [r for r, _ in found] == [0, 1, 2]
             assert all(same(other, value) for _, other in found)
+        with torch.device("meta"), torch.inference_mode():
+            assert ranks.gather(rank, "elsewhere") == [0, 1, 2]
         # Of different lengths, the longest in the middle.
         found = ranks.gather(bytes([rank]) * (50_000 * (rank % 2)), "unequal")
         assert found == [b"", b"\1" * 50_000, b""]
@@ -368,3 +370,31 @@ def beside_other_collectives(rank):
 def test_a_failure_beside_other_collectives():
     for outcome in run_ranks(beside_other_collectives, 2, deadline=SOON):
         assert str(outcome.error) == "rank 1: rank 1 only"
+
+
+def failing_and_going_on(rank):
+    """What was said of one failure does not end what comes after it."""
+    ranks = TorchRanks()
+    found = []
+    for turn in range(3):
+        try:
+            with ranks.together("the work"):
+                if rank == turn % 2:
+                    raise UserError(f"turn {turn}")
+                for _ in range(3):
+                    time.sleep(0.6)
+                    ranks.heed()
+        except UserError as error:
+            found.append(str(error))
+        with ranks.together("more work"):
+            for _ in range(2):
+                time.sleep(0.6)
+                ranks.heed()
+            found.append(ranks.gather(rank, "after it"))
+    return found
+
+
+@pytest.mark.slow
+def test_ranks_go_on_after_a_failure():
+    expected = ["rank 0: turn 0", [0, 1], "rank 1: turn 1", [0, 1], "rank 0: turn 2", [0, 1]]
+    assert values(run_ranks(failing_and_going_on, 2)) == [expected] * 2

@@ -7,8 +7,8 @@ finds nothing. No torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -36,27 +36,33 @@ FIRST_SHARE = 0.5
 SIGNIFICANT = 0.05
 # What is looked at besides the conditions counts from this p-value on: nobody asked for it.
 BY_THE_WAY = 0.01
-# Batch statistics "much" better than both others: by this share of samples at least.
+# Batch statistics "much" better than both others: by this share of samples at least, or by what
+# doesn't count as close among other scores.
 MUCH = 0.01
 
 
 @dataclass(frozen=True)
 class Gain:
     """How much better one condition scores than another on the same samples: the difference, its
-    95 % interval and the p-value of the paired test."""
+    95 % interval and the p-value of the paired test. A difference below `close` doesn't matter,
+    however certain it is: among real-valued scores the smallest shift of all is certain."""
 
     difference: float
     low: float
     high: float
     p: float
+    close: float = 0.0
+
+    def matters(self, level: float) -> bool:
+        return self.p < level and abs(self.difference) >= self.close
 
     @property
     def better(self) -> bool:
-        return self.p < SIGNIFICANT and self.difference > 0
+        return self.matters(SIGNIFICANT) and self.difference > 0
 
     @property
     def worse(self) -> bool:
-        return self.p < SIGNIFICANT and self.difference < 0
+        return self.matters(SIGNIFICANT) and self.difference < 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,25 +156,12 @@ class Halves:
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """The score with statistics of `samples` samples of the population, and its gain over that
-    with all of them. part: "nested", each within the next larger one, up to a half; "other half";
-    or "all". changed: test samples that fare otherwise than with all."""
-
-    samples: int
-    part: str
-    score: float
-    gain: Gain
-    changed: int
-    test_samples: int
-
-
-@dataclass(frozen=True)
 class Facts:
     """All that the findings look at. `recomputed`, `batch`: the gain over running averages, and
     `batch_over_recomputed` likewise. `other_eps`: the gain with another eps in all layers.
-    `same_averages_as`: where in the file other weights have these very averages. `points`: scores
-    are shares of right samples, so that differences are percentage points."""
+    `same_averages_as`: where in the file other weights have these very averages. `of_ranks`: of
+    several ranks, each one's running averages by layer. `points`: scores are shares of right
+    samples, so that differences are percentage points."""
 
     layers: Sequence[LayerFacts]
     batch_size: int
@@ -179,6 +172,7 @@ class Facts:
     other_eps: tuple[float, Gain] | None = None
     same_averages_as: str | None = None
     halves: Halves | None = None
+    of_ranks: Mapping[str, Sequence[Values]] = field(default_factory=dict)
     points: bool = True
 
     @property
@@ -492,6 +486,13 @@ def inputs_differ(facts: Facts) -> Finding | None:
     if not _first_are_off(facts):
         return None
     first, off = distances(facts)[0], _off(facts)
+    domain = (
+        "If they are, this population is another domain than the test images."
+        if facts.recomputed is not None and facts.recomputed.worse
+        else "If this is another domain, recomputed statistics adapt to it (AdaBN), or blend them "
+        "with those of training (prior=...). If the inputs are the same, the averages lag behind "
+        "the first layer's weights."
+    )
     return Finding(
         "inputs-differ",
         _names([d.layer for d in off]),
@@ -499,9 +500,7 @@ def inputs_differ(facts: Facts) -> Finding | None:
         f"In all, {len(off)} of {len(distances(facts))} layers are.",
         _effect(facts, "The averages belong to other inputs than these"),
         "Look at the inputs first: mean and std, the range (0 to 1, or 0 to 255), RGB or BGR, size "
-        "and augmentation must be those of training. If this is another domain, recomputed "
-        "statistics adapt to it (AdaBN), or blend them with those of training (prior=...). If the "
-        "inputs are the same, the averages lag behind the first layer's weights.",
+        f"and augmentation must be those of training. {domain}",
         recomputing_helps=_helps(facts),
     )
 
@@ -571,7 +570,7 @@ def other_eps(facts: Facts) -> Finding | None:
     if facts.other_eps is None:
         return None
     eps, gain = facts.other_eps
-    if not gain.better or gain.p >= BY_THE_WAY:
+    if not (gain.matters(BY_THE_WAY) and gain.difference > 0):
         return None
     return Finding(
         "eps",
@@ -651,6 +650,74 @@ def frozen(facts: Facts) -> Finding | None:
     )
 
 
+def ranks_differ(facts: Facts) -> Finding | None:
+    """Averages of one rank that are further from those of the other ranks than their mini-batches
+    being different explains."""
+    apart = [
+        (distance, rank)
+        for layer in facts.layers
+        if layer.name in facts.of_ranks and layer.population is not None
+        for rank, distance in enumerate(_from_the_others(layer, layer.population, facts))
+    ]
+    beyond = [(distance, rank) for distance, rank in apart if distance.beyond_noise]
+    if not beyond:
+        return None
+    worst, rank = max(beyond, key=lambda item: item[0].size)
+    layers = list(dict.fromkeys(distance.layer.name for distance, _ in beyond))
+    ranks = sorted({rank for _, rank in beyond})
+    size = len(next(iter(facts.of_ranks.values())))
+    figures = "which holds NaN or infinity" if math.isinf(worst.mean) else _figures(worst, facts)
+    return Finding(
+        "ranks-differ",
+        tuple(layers),
+        f"Of {size} ranks, the running averages of "
+        f"{_number(len(ranks), 'rank')} ({', '.join(map(str, ranks))}) are not those of the "
+        f"others, furthest at {worst.layer.name} of rank {rank}: {figures}.",
+        "What a checkpoint predicts depends on the rank that wrote it; this audit is of rank 0's "
+        "averages.",
+        "Recompute the statistics over the samples of all ranks before writing a checkpoint, and "
+        "see whether that rank has other data, or layers that don't average.",
+        recomputing_helps=_helps(facts),
+    )
+
+
+_KINDS = ("mean", "var")
+
+
+def _from_the_others(layer: LayerFacts, population: Values, facts: Facts) -> list[Distance]:
+    """How far each rank's averages are from the median of all, in the population's units. Of two
+    ranks, how far they are apart, for the one that is further from the population."""
+    held = facts.of_ranks[layer.name]
+    scale = population.var + layer.eps
+    noise_mean = noise_log_var = 0.0
+    if layer.spread is not None:
+        # of one rank's averages and of one other's
+        samples = 2 * _averaged(layer) / facts.batch_size
+        noise_mean = _rms(np.sqrt(samples * layer.spread.mean / scale))
+        noise_log_var = _rms(np.sqrt(samples * layer.spread.var) / scale)
+
+    def distance(one: Values, mean: np.ndarray, var: np.ndarray) -> Distance:
+        if not one.finite.all():
+            return Distance(layer, math.inf, math.inf, noise_mean, noise_log_var)
+        return Distance(
+            layer,
+            _rms((one.mean - mean) / np.sqrt(scale)),
+            _rms(np.log((np.maximum(one.var, 0) + layer.eps) / (np.maximum(var, 0) + layer.eps))),
+            noise_mean,
+            noise_log_var,
+        )
+
+    finite = [one for one in held if one.finite.all()]
+    if len(held) == len(finite) == 2:
+        off = [distance(one, population.mean, population.var).size for one in held]
+        worse = int(np.argmax(off))
+        nothing = Distance(layer, 0.0, 0.0, noise_mean, noise_log_var)
+        apart = distance(held[worse], held[1 - worse].mean, held[1 - worse].var)
+        return [apart if rank == worse else nothing for rank in range(2)]
+    mean, var = (np.median([getattr(one, k) for one in finite or held], axis=0) for k in _KINDS)
+    return [distance(one, mean, var) for one in held]
+
+
 def of_other_weights(facts: Facts) -> Finding | None:
     if facts.same_averages_as is None:
         return None
@@ -672,7 +739,7 @@ def depends_on_batch(facts: Facts) -> Finding | None:
     batch, over = facts.batch, facts.batch_over_recomputed
     if batch is None or over is None or not (batch.better and over.better):
         return None
-    if min(batch.low, over.low) < MUCH:
+    if min(batch.low, over.low) < (batch.close or MUCH):
         return None
     return Finding(
         "depends-on-batch",
@@ -721,12 +788,12 @@ def used_uncalled(facts: Facts) -> Finding | None:
 
 def halves_differ(facts: Facts) -> Finding | None:
     halves = facts.halves
-    if halves is None or halves.gain.p >= BY_THE_WAY:
+    if halves is None or not halves.gain.matters(BY_THE_WAY):
         return None
     return Finding(
         "too-few-samples",
         (halves.worst_layer,),
-        f"Statistics from two disjoint halves of {halves.samples:,} samples score "
+        f"Statistics from two disjoint parts of {halves.samples:,} samples score "
         f"{_value(halves.scores[0], facts)} and {_value(halves.scores[1], facts)} "
         f"({halves.changed:,} of {halves.test_samples:,} samples fare otherwise); furthest apart "
         f"is {halves.worst_layer}, by {halves.worst_distance:.3f}.",
@@ -743,6 +810,7 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
     used_uncalled,
     initial_share,
     of_other_weights,
+    ranks_differ,
     other_eps,
     inputs_differ,
     lagging,
@@ -780,7 +848,7 @@ def _rms(values: np.ndarray) -> float:
 
 def _helps(facts: Facts) -> bool | None:
     gain = facts.recomputed
-    return None if gain is None or gain.p >= SIGNIFICANT else gain.better
+    return None if gain is None or not gain.matters(SIGNIFICANT) else gain.better
 
 
 def _effect(facts: Facts, what: str) -> str:
@@ -794,8 +862,11 @@ def _effect(facts: Facts, what: str) -> str:
         )
     if gain.worse:
         return f"{what}; recomputed statistics do worse all the same."
+    shown = (
+        "no cost can be shown" if gain.p >= SIGNIFICANT else "no cost worth speaking of is there"
+    )
     return (
-        f"{what}; no cost can be shown on these samples (95 % interval "
+        f"{what}; {shown} on these samples (95 % interval "
         f"{_difference(gain.low, facts)} to {_difference(gain.high, facts)})."
     )
 

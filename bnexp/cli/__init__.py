@@ -22,6 +22,7 @@ from bnexp.errors import (
     is_out_of_memory,
 )
 from bnexp.performance import wait_briefly
+from bnexp.ranks import refuse_launcher
 
 MESSAGE = 2000
 
@@ -44,6 +45,7 @@ app.command()(commands.config)
 app.command()(commands.export)
 app.command()(commands.init)
 app.command()(commands.models)
+app.command()(commands.data)
 
 
 @app.callback(invoke_without_command=True)
@@ -73,6 +75,8 @@ def main() -> None:
     wait_briefly()
     try:
         try:
+            if sys.argv[1:2] != ["train"]:
+                refuse_launcher(" ".join(["bnexp", *sys.argv[1:2]]))
             app(prog_name="bnexp")
         except SystemExit:
             sys.stdout.flush()

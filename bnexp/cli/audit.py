@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexp.analysis.expectations import unmet_cost
+from bnexp.cli.tables import refuse_both
 from bnexp.config.audit import AuditConfig
 from bnexp.config.loading import load, resolved
 from bnexp.errors import ExpectationNotMet, UserError
@@ -29,14 +30,18 @@ def run_audit(
     force: bool,
     as_json: bool,
     runs: Path,
+    as_markdown: bool = False,
 ) -> None:
     """`words`: [CONFIG] [MODEL] key=value...; `options`: further overrides by their keys."""
+    refuse_both(as_json, as_markdown)
     config = _config(words, options)
     if mend is not None:
         if config.model.weights is None:
             raise UserError("--mend writes a checkpoint again: say which with --weights")
         if mend.exists():
             raise UserError(f"--mend {mend} exists: name a file that doesn't")
+        if not mend.parent.is_dir():
+            raise UserError(f"--mend {mend} can't be written: there is no folder {mend.parent}")
     keep_freed_memory()
 
     import torch
@@ -69,6 +74,7 @@ def run_audit(
         device=device,
         progress=not as_json,
         prior=config.prior,
+        curve=config.curve,
         score_name=config.score_name,
         not_in_file=found.missing_buffers if found else (),
         same_averages_as=same_averages_as(checkpoint, found, model)
@@ -98,7 +104,7 @@ def run_audit(
         whole = {"record": str(folder), "comparison": comparison, **findings}
         print(json.dumps(whole, indent=2, allow_nan=False))
     else:
-        print(result)
+        print(result.markdown() if as_markdown else result)
     say(f"\nrecord and page: {folder}/report.html")
     if mend is not None and checkpoint is not None and found is not None:
         write_mended(checkpoint, found, result.mended(force=force), mend)

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+Markdown = Annotated[
+    bool, typer.Option("--markdown", help="Print Markdown alone: tables as code hosts show them.")
+]
 ChangedData = Annotated[
     bool, typer.Option("--changed-data", help="Go on though the run's data have changed.")
 ]
@@ -91,6 +94,7 @@ def evaluate(
     changed_data: ChangedData = False,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
+    as_markdown: Markdown = False,
 ) -> None:
     """Evaluate a run under each kind of BN statistics."""
     from bnexp.cli.eval import run_eval
@@ -107,6 +111,7 @@ def evaluate(
         changed_data,
         overrides or [],
         runs_dir,
+        as_markdown,
     )
 
 
@@ -137,10 +142,14 @@ def audit(
     force: Annotated[
         bool, typer.Option("--force", help="Mend even where it is said not to help.")
     ] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Also the score by the number of samples.")
+    ] = False,
     device: Device = None,
     name: Annotated[str | None, typer.Option(help="Name of the record's folder.")] = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
+    as_markdown: Markdown = False,
 ) -> None:
     """Judge a model trained anywhere: verdict, findings, layers; and mend its checkpoint."""
     from bnexp.cli.audit import run_audit
@@ -150,10 +159,11 @@ def audit(
         "model.key": key,
         "data.population": population,
         "data.test": test,
+        "curve": "true" if curve else None,
         "device": device,
         "name": name,
     }
-    run_audit(what or [], options, mend, force, as_json, runs_dir)
+    run_audit(what or [], options, mend, force, as_json, runs_dir, as_markdown)
 
 
 def study(
@@ -182,12 +192,22 @@ def study(
         bool, typer.Option("--dry-run", help="Show what would run, and estimate the time.")
     ] = False,
     as_json: Json = False,
+    as_markdown: Markdown = False,
 ) -> None:
     """Run many experiments from one file, and judge its claims; again: go on."""
     from bnexp.cli.study import run_study_command
 
     run_study_command(
-        path, overrides or [], jobs, ray, retry, dry_run, as_json, quiet or as_json, runs_dir
+        path,
+        overrides or [],
+        jobs,
+        ray,
+        retry,
+        dry_run,
+        as_json,
+        quiet or as_json,
+        runs_dir,
+        as_markdown,
     )
 
 
@@ -234,11 +254,12 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more.")],
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
+    as_markdown: Markdown = False,
 ) -> None:
     """Set runs side by side."""
     from bnexp.cli.compare import run_compare
 
-    run_compare(runs, runs_dir, as_json)
+    run_compare(runs, runs_dir, as_json, as_markdown)
 
 
 def config(
@@ -296,3 +317,15 @@ def models(as_json: Json = False) -> None:
     from bnexp.cli.lists import run_models
 
     run_models(as_json)
+
+
+def data(
+    root: Annotated[
+        Path | None, typer.Option(help="Look there first, as data.root in a config says.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the data sets a config can name, and where their files are."""
+    from bnexp.cli.lists import run_data
+
+    run_data(root, as_json)

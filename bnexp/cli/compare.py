@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bnexp.analysis.results import Result
 from bnexp.analysis.words import signed, signed_interval
-from bnexp.cli.tables import output
+from bnexp.cli.tables import Page, refuse_both
 from bnexp.errors import UserError
 from bnexp.records import find_run
 from bnexp.report.run_data import Evaluation, RunData
@@ -22,7 +22,8 @@ from bnexp.report.several import SeedGroup, by_test_set, config_differences, see
 CURVE_COLUMNS = 6
 
 
-def run_compare(runs: list[str], runs_dir: Path, as_json: bool) -> None:
+def run_compare(runs: list[str], runs_dir: Path, as_json: bool, as_markdown: bool = False) -> None:
+    refuse_both(as_json, as_markdown)
     found = [find_run(name, runs_dir) for name in runs]
     if len({run.path.resolve() for run in found}) < len(found):
         raise UserError("a run is named twice")
@@ -33,7 +34,7 @@ def run_compare(runs: list[str], runs_dir: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(_tree(parsed, differences, groups), indent=2, allow_nan=False))
     else:
-        _print(parsed, differences, groups)
+        _print(Page(as_markdown), parsed, differences, groups)
 
 
 def _tree(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> dict[str, Any]:
@@ -66,20 +67,21 @@ def _evaluation(row: Evaluation) -> dict[str, Any]:
     }
 
 
-def _print(runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> None:
-    console = output()
-    _print_differences(console, runs, differences)
-    _print_curves(console, runs)
-    _print_final(console, runs)
+def _print(page: Page, runs: Sequence[RunData], differences, groups: Sequence[SeedGroup]) -> None:
+    _print_differences(page, runs, differences)
+    _print_curves(page, runs)
+    _print_final(page, runs)
     for group in groups:
-        _print_seeds(console, group)
+        _print_seeds(page, group)
     names = " ".join(run.path for run in runs)
-    console.print(f"\nas a page with figures: bnexp report {names}", style="dim", soft_wrap=True)
+    page.space()
+    page.text(f"as a page with figures: bnexp report {names}", "dim")
 
 
-def _table(console, title: str, first: str, columns: Sequence[str]):
+def _table(page: Page, title: str, first: str, columns: Sequence[str]):
     """A table under the title, which is printed at once."""
-    console.print(f"\n{title}", style="bold")
+    page.space()
+    page.text(title, "bold")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in columns:
@@ -87,24 +89,25 @@ def _table(console, title: str, first: str, columns: Sequence[str]):
     return table
 
 
-def _print_differences(console, runs: Sequence[RunData], differences) -> None:
+def _print_differences(page: Page, runs: Sequence[RunData], differences) -> None:
     if not differences:
-        console.print("\nThe configs are the same.")
+        page.space()
+        page.text("The configs are the same.")
         return
-    table = _table(console, "where the configs differ", "key", [])
+    table = _table(page, "where the configs differ", "key", [])
     table.add_column("value: runs")
     for key, values in differences:
         holders: dict[str, list[str]] = {}
         for run, value in zip(runs, values, strict=True):
             holders.setdefault("–" if value is None else str(value), []).append(run.name)
         table.add_row(key, "\n".join(f"{v}: {', '.join(names)}" for v, names in holders.items()))
-    console.print(table)
+    page.table(table)
     if len(sets := by_test_set(runs)) > 1:
         names = "; ".join(f"{name}: {', '.join(r.name for r in group)}" for name, group in sets)
-        console.print(f"The runs were tested on different images. {names}.", style="yellow")
+        page.text(f"The runs were tested on different images. {names}.", style="yellow")
 
 
-def _print_curves(console, runs: Sequence[RunData]) -> None:
+def _print_curves(page: Page, runs: Sequence[RunData]) -> None:
     curves = [dict(zip(*run.curve("test", run.baseline), strict=True)) for run in runs]
     steps = sorted(set().union(*curves))
     if len(steps) < 2:
@@ -112,13 +115,13 @@ def _print_curves(console, runs: Sequence[RunData]) -> None:
     if len(steps) > CURVE_COLUMNS:
         last = len(steps) - 1
         steps = [steps[round(i * last / (CURVE_COLUMNS - 1))] for i in range(CURVE_COLUMNS)]
-    table = _table(console, "test accuracy by step, %", "run", [f"{step:,.0f}" for step in steps])
+    table = _table(page, "test accuracy by step, %", "run", [f"{step:,.0f}" for step in steps])
     for run, curve in zip(runs, curves, strict=True):
         table.add_row(run.name, *(f"{100 * curve[t]:.2f}" if t in curve else "" for t in steps))
-    console.print(table)
+    page.table(table)
 
 
-def _print_final(console, runs: Sequence[RunData]) -> None:
+def _print_final(page: Page, runs: Sequence[RunData]) -> None:
     found = [
         {str(result.condition): result for result in run.comparison.results}
         if run.comparison
@@ -127,14 +130,15 @@ def _print_final(console, runs: Sequence[RunData]) -> None:
     ]
     names = list(dict.fromkeys(name for results in found for name in results))
     if not names:
-        console.print("\nNone of the runs has a final comparison yet.")
+        page.space()
+        page.text("None of the runs has a final comparison yet.")
         return
     table = _table(
-        console, "at the end, %, with the difference to the baseline in points", "run", names
+        page, "at the end, %, with the difference to the baseline in points", "run", names
     )
     for run, results in zip(runs, found, strict=True):
         table.add_row(run.name, *(_final_cell(results.get(name)) for name in names))
-    console.print(table)
+    page.table(table)
 
 
 def _final_cell(result: Result | None) -> str:
@@ -144,11 +148,11 @@ def _final_cell(result: Result | None) -> str:
     return f"{100 * result.accuracy:.2f}" + (f" ({signed(pair.difference, 2)})" if pair else "")
 
 
-def _print_seeds(console, group: SeedGroup) -> None:
+def _print_seeds(page: Page, group: SeedGroup) -> None:
     columns = ("mean", "95 % interval", "std. dev.", "difference", "95 % interval")
     seeds = ", ".join(map(str, group.seeds))
     table = _table(
-        console,
+        page,
         f"{len(group.seeds)} seeds ({seeds}) of one config: {group.config}, %",
         "statistics",
         columns,
@@ -162,10 +166,10 @@ def _print_seeds(console, group: SeedGroup) -> None:
         if row.difference is not None and row.difference_interval:
             cells += [signed(row.difference, 2), signed_interval(row.difference_interval, 2)]
         table.add_row(str(row.condition), *cells)
-    console.print(table)
-    console.print("t intervals of the mean over seeds; differences are paired by seed", style="dim")
+    page.table(table)
+    page.text("t intervals of the mean over seeds; differences are paired by seed", style="dim")
     if group.repeated:
-        console.print(
+        page.text(
             f"left out, since their seed is there already: {', '.join(group.repeated)}",
             style="dim",
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnexp.analysis.expectations import unmet_cost
+from bnexp.cli.tables import Page, print_comparison, refuse_both
 from bnexp.condition import made_by
 from bnexp.config import Config, resolve
 from bnexp.config.schema import RECOMPUTE_METHODS
@@ -39,7 +40,9 @@ def run_eval(
     changed_data: bool = False,
     overrides: Sequence[str] = (),
     runs: Path = RUNS,
+    as_markdown: bool = False,
 ) -> None:
+    refuse_both(as_json, as_markdown)
     if run is not None and "=" in run:
         overrides = [run, *overrides]
         run = None
@@ -66,23 +69,21 @@ def run_eval(
     trained = load_trained(found, config, resolved, weights, changed_data)
     for line in trained.warnings:
         print(f"bnexp: {line}", file=sys.stderr)
+    about = f"{found.path}: {config.model.name} after {trained.step:,} steps, {weights} weights"
     if not as_json:
-        print(
-            f"{found.path}: {config.model.name} after {trained.step:,} steps, {weights} weights, "
-            f"on {describe_device(resolved)}",
-            file=sys.stderr,
-        )
+        print(f"{about}, on {describe_device(resolved)}", file=sys.stderr)
     recompute = recompute_stats or config.expect.cost is not None or _is_quick(found)
     comparison = _compare(trained, recompute, methods, batch, not as_json)
     if as_json:
         head = {"run": str(found.path), "step": trained.step, "weights": weights}
         print(json.dumps({**head, **comparison.to_dict()}, indent=2, allow_nan=False))
     else:
-        from bnexp.cli.tables import print_comparison
-
-        print_comparison(comparison, layers=5)
+        page = Page(as_markdown)
+        if as_markdown:
+            page.text(about)
+        print_comparison(comparison, layers=5, page=page)
         for remark in trained.remarks:
-            print(remark)
+            page.text(remark)
     if unmet := unmet_cost(comparison, config.expect.cost):
         raise ExpectationNotMet(unmet)
 

@@ -1,4 +1,4 @@
-"""bnexp init and bnexp models: what comes with the package."""
+"""bnexp init, bnexp models and bnexp data: what a config can name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import json
 import sys
 from pathlib import Path
 
+from rich.table import Table
+
 from bnexp.cli.tables import output
 from bnexp.config.shipped import find_config, shipped_configs
 from bnexp.errors import UserError
+from bnexp.printable import printable
 
 
 def run_init(name: str | None, path: Path | None) -> None:
@@ -56,3 +59,51 @@ def run_models(as_json: bool) -> None:
     console.print(
         "  ".join(torchvision_names()), highlight=False, soft_wrap=not console.is_terminal
     )
+
+
+def run_data(root: Path | None, as_json: bool) -> None:
+    """List the data sets that `data.name` knows, and where their files are."""
+    from bnexp.data.files import search_folders
+    from bnexp.data.overview import DATA_SETS, DIGITS, place_of
+
+    found, damaged = {}, {}
+    for data_set in DATA_SETS:
+        try:
+            found[data_set] = place_of(data_set, root)
+        except UserError as error:
+            found[data_set], damaged[data_set] = None, str(error)
+    if as_json:
+        rows = [
+            {
+                "name": each.name,
+                "training_images": each.training_images,
+                "test_images": each.test_images,
+                "shape": list(each.shape),
+                "classes": each.classes,
+                "here": place is not None,
+                "path": None if place is None else printable(place),
+                "damaged": damaged.get(each),
+                "download_megabytes": each.megabytes,
+            }
+            for each, place in found.items()
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    console = output()
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("data", no_wrap=True)
+    for column in ("training", "test", "pixels", "classes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("files", overflow="fold")
+    for each, place in found.items():
+        here = damaged.get(each) or f"not here: torchvision downloads {each.megabytes} MB"
+        if place is not None:
+            here = "in the package" if each is DIGITS else printable(place)
+        height, width, channels = each.shape
+        numbers = (f"{each.training_images:,}", f"{each.test_images:,}")
+        pixels = f"{height}x{width}{'x3' if channels == 3 else ''}"
+        table.add_row(each.name, *numbers, pixels, str(each.classes), here)
+    table.add_row("image-folder", "", "", "", "", "your own: data.root=FOLDER, a folder per class")
+    console.print(table)
+    looked = ", ".join(printable(folder) for folder in search_folders(root))
+    print(f"\nlooked for in {looked}; say another place by data.root or $BNEXP_DATA")

@@ -8,10 +8,13 @@ from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
 from bnexp.records import find_run, newest_finished_run
 from bnexp.records.audit import find_audit
+from bnexp.records.study import find_study
 from bnexp.report.audit_page import render_record
 from bnexp.report.figures import save_plots
 from bnexp.report.page import write_report
 from bnexp.report.run_data import RunData
+from bnexp.report.study_page import render_study
+from bnexp.study.run import refresh
 
 FORMATS = ("html", "png", "svg")
 
@@ -19,6 +22,14 @@ FORMATS = ("html", "png", "svg")
 def run_report(runs: list[str], output: Path | None, file_format: str, runs_dir: Path) -> None:
     if file_format not in FORMATS:
         raise UserError(f"--format {file_format}: allowed are {', '.join(FORMATS)}")
+    if len(runs) == 1 and (study := find_study(runs[0], runs_dir)) is not None:
+        if file_format != "html":
+            raise UserError("a study is reported as a page: leave --format out")
+        refresh(study)
+        path = output or study.path / "report.html"
+        write_atomically(path, render_study(study), follow_links=output is not None)
+        print(path)
+        return
     if len(runs) == 1 and (record := find_audit(runs[0], runs_dir)) is not None:
         if file_format != "html":
             raise UserError("an audit is reported as a page: leave --format out")

@@ -13,17 +13,59 @@ from bnexp.cli.tables import output
 from bnexp.errors import UserError
 from bnexp.printable import printable
 from bnexp.records import Run, all_runs
+from bnexp.records.study import StudyRecord, all_studies
 
 
 def run_runs(folder: Path, as_json: bool) -> None:
     rows = [_describe_or_damaged(run) for run in all_runs(folder)]
+    studies = [_describe_study(record) for record in all_studies(folder)]
     if as_json:
-        print(json.dumps(rows, indent=2, allow_nan=False))
+        print(json.dumps([*rows, *studies], indent=2, allow_nan=False))
         return
-    if not rows:
+    if not rows and not studies:
         print(f"no runs in {folder}/ yet; train one: bnexp train configs/digits.yaml")
         return
-    _print(rows)
+    if rows:
+        _print(rows)
+    if studies:
+        _print_studies(studies)
+
+
+def _describe_study(record: StudyRecord) -> dict[str, Any]:
+    """`step` of `total_steps` are trainings that have an answer."""
+    found = {"name": record.name, "path": str(record.path), "study": True}
+    try:
+        state = record.state
+    except UserError:
+        unknown = dict.fromkeys(("experiments", "step", "total_steps", "failed", "created"))
+        return {**found, "state": "damaged", **unknown}
+    return {
+        **found,
+        "state": state["state"],
+        "experiments": state["experiments"],
+        "step": state["done"],
+        "total_steps": state["trainings"],
+        "failed": len(state["failed"]),
+        "created": state["created"],
+    }
+
+
+def _print_studies(studies: list[dict[str, Any]]) -> None:
+    console = output()
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("study", "experiments", "trainings", "state", "when"):
+        table.add_column(column, justify="right" if column.endswith("s") else "left")
+    for row in studies:
+        failed = f", {row['failed']} failed" if row["failed"] else ""
+        cells = (
+            row["name"],
+            "–" if row["experiments"] is None else f"{row['experiments']:,}",
+            _steps(row["step"], row["total_steps"]),
+            f"{row['state']}{failed}",
+            (row["created"] or "–")[:16].replace("T", " "),
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    console.print(table)
 
 
 def _describe_or_damaged(run: Run) -> dict[str, Any]:

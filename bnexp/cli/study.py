@@ -14,9 +14,10 @@ from rich.text import Text
 
 from bnexp.analysis.words import p_value
 from bnexp.cli.streams import printing_what_can_be
-from bnexp.cli.tables import output
+from bnexp.cli.tables import Page, output, refuse_both
 from bnexp.config.study import StudyConfig
 from bnexp.errors import ExpectationNotMet, RunFailed, UserError
+from bnexp.importing import require_extra
 from bnexp.printable import printable
 from bnexp.study.claims import Judged
 from bnexp.study.file import read_study
@@ -38,11 +39,15 @@ def run_study_command(
     as_json: bool,
     quiet: bool,
     runs: Path,
+    as_markdown: bool = False,
 ) -> None:
     """`bnexp study`. RunFailed where trainings failed, ExpectationNotMet where claims did."""
     from bnexp.study.local import default_jobs, run_local
     from bnexp.study.on_ray import run_on_ray
 
+    refuse_both(as_json, as_markdown)
+    if ray is not None:
+        require_extra("ray", "--ray")
     study = read_study(_file(path), overrides)
     plan = plan_study(study)
     resources = study.config.resources
@@ -67,7 +72,7 @@ def run_study_command(
         if as_json:
             print(json.dumps(_tree(outcome), indent=2, allow_nan=False))
         else:
-            _print(outcome)
+            (_print_markdown if as_markdown else _print)(outcome)
     if outcome.failed:
         label, message = next(iter(outcome.failed.items()))
         raise RunFailed(
@@ -239,6 +244,22 @@ def _print(outcome: Outcome) -> None:
     counts = ", ".join(f"{n} {state}" for state, n in outcome.states.items())
     console.print(Text(f"\nexperiments: {counts}"), soft_wrap=True)
     print(f"study: {outcome.record.path}")
+
+
+def _print_markdown(outcome: Outcome) -> None:
+    page = Page(as_markdown=True)
+    page.text(str(outcome.record.path), "bold")
+    table = Table()
+    for column in ("claim", "verdict", "second against first", "found", "p"):
+        table.add_column(column)
+    for each in outcome.judged:
+        p = "" if each.p is None else p_value(each.p)
+        compared = f"{each.second} against {each.first}, {each.measure}"
+        table.add_row(*map(Text, (each.says, each.verdict, compared, each.text, p)))
+    if outcome.judged:
+        page.table(table)
+    counts = ", ".join(f"{n} {state}" for state, n in outcome.states.items())
+    page.text(f"experiments: {counts}")
 
 
 def _tree(outcome: Outcome) -> dict:

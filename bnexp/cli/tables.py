@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from bnexp import markdown
 from bnexp.analysis.layers import LayerCost, worst_first
 from bnexp.analysis.verdict import THESE_WEIGHTS, advice
 from bnexp.analysis.words import count, p_value, signed
 from bnexp.condition import Condition, weights_label
+from bnexp.errors import UserError
+from bnexp.printable import printable
 
 if TYPE_CHECKING:
     from bnexp.analysis.comparison import Comparison
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 160
 WIDE = 100
 WITH_CHANNELS = 140
+MARKDOWN_WIDTH = 1000
 # The columns of the main table, and how wide a terminal each of them needs.
 RESULT_COLUMNS = (
     ("accuracy %", 0),
@@ -33,40 +38,80 @@ RESULT_COLUMNS = (
 
 def output() -> Console:
     """Standard output; wide where nobody looks at it in a terminal, so that no cell is cut."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, PIPE_WIDTH)
     return console
 
 
-def print_comparison(comparison: Comparison, layers: int = 0) -> None:
+def refuse_both(as_json: bool, as_markdown: bool) -> None:
+    if as_json and as_markdown:
+        raise UserError("choose --json or --markdown")
+
+
+class Page:
+    """Standard output: paragraphs and tables for a terminal, or as Markdown, all columns shown."""
+
+    def __init__(self, as_markdown: bool = False) -> None:
+        self._console = output()
+        self._as_markdown = as_markdown
+        self.width = MARKDOWN_WIDTH if as_markdown else self._console.width
+
+    def text(self, text: str, style: str | None = None) -> None:
+        """A paragraph, or a title above a table; `style` bold, dim or a colour."""
+        if self._as_markdown:
+            print(f"{markdown.paragraph(text, bold=style == 'bold')}\n")
+        else:
+            wrap = not self._console.is_terminal
+            lines = (printable(line) for line in text.split("\n"))
+            self._console.print(Text("\n".join(lines), style=style or ""), soft_wrap=wrap)
+
+    def table(self, table: Table) -> None:
+        if not self._as_markdown:
+            self._console.print(table)
+            return
+        if table.title:
+            self.text(str(table.title), "bold")
+        columns = [[str(cell) for cell in column.cells] for column in table.columns]
+        head = [str(column.header) for column in table.columns]
+        print(f"{markdown.table(head, list(zip(*columns, strict=True)))}\n")
+
+    def space(self) -> None:
+        if not self._as_markdown:
+            self._console.print()
+
+
+def print_comparison(comparison: Comparison, layers: int = 0, page: Page | None = None) -> None:
     """Print the verdict, one row per condition, and the furthest layers, to stdout."""
-    console = output()
-    console.print(f"\n[bold]{comparison.verdict.text}[/bold]\n", soft_wrap=not console.is_terminal)
+    page = page or Page()
+    page.space()
+    page.text(comparison.verdict.text, "bold")
+    page.space()
     if todo := advice(comparison.verdict, comparison.results):
-        console.print(f"{todo}\n", soft_wrap=not console.is_terminal)
-    _print_results(console, comparison)
+        page.text(todo)
+        page.space()
+    _print_results(page, comparison)
     if layers and comparison.compared:
         compared = comparison.compared[0].condition
         if comparison.layers.get(compared):
-            _print_layers(console, comparison, compared, layers)
-    console.print()
+            _print_layers(page, comparison, compared, layers)
+    page.space()
 
 
-def _print_results(console: Console, comparison: Comparison) -> None:
-    shown = [column for column, width in RESULT_COLUMNS if console.width >= width]
-    table = _table(console, f"{count(comparison.samples)} test images{_weights(comparison)}")
+def _print_results(page: Page, comparison: Comparison) -> None:
+    shown = [column for column, width in RESULT_COLUMNS if page.width >= width]
+    table = _table(page, f"{count(comparison.samples)} test images{_weights(comparison)}")
     table.add_column("statistics", no_wrap=True)
     for column in shown:
         table.add_column(column.strip(), justify="right", no_wrap=True)
     for result in comparison.results:
         cells = _cells(result)
         table.add_row(str(result.condition), *(cells[column] for column in shown))
-    console.print(table)
+    page.table(table)
     if comparison.others:
         corrected = ", corrected for testing several conditions (Holm)"
         several = corrected if len(comparison.others) > 1 else ""
-        console.print(
+        page.text(
             f"difference to {comparison.baseline}, in points; changed: predictions that differ "
             f"from its; p: exact McNemar test{several}. {THESE_WEIGHTS}",
             style="dim",
@@ -83,8 +128,8 @@ def _weights(comparison: Comparison) -> str:
     return f", {weights_label(unnamed[0])}{' where none are named' if others else ''}"
 
 
-def _table(console: Console, title: str) -> Table:
-    gap = 2 if console.width >= WIDE else 1
+def _table(page: Page, title: str) -> Table:
+    gap = 2 if page.width >= WIDE else 1
     return Table(
         title=title, title_justify="left", box=None, padding=(0, gap, 0, 0), pad_edge=False
     )
@@ -109,13 +154,14 @@ def _cells(result: Result) -> dict[str, str]:
     return cells
 
 
-def _print_layers(console: Console, comparison: Comparison, other: Condition, shown: int) -> None:
+def _print_layers(page: Page, comparison: Comparison, other: Condition, shown: int) -> None:
     rows, baseline = worst_first(comparison.layers[other]), comparison.baseline
     of = f"{shown} of {len(rows)} " if shown < len(rows) else ""
     title = f"{of}layers, those first that cost most alone, then those furthest from {other}"
-    table = _table(console, f"\n{title}")
+    page.space()
+    table = _table(page, title)
     table.add_column("layer", overflow="fold")
-    wide, channels = console.width >= WIDE, console.width >= WITH_CHANNELS
+    wide, channels = page.width >= WIDE, page.width >= WITH_CHANNELS
     columns = ["mean off by", "at worst", "log variance ratio", "at worst"]
     for column in [*(columns if channels else columns[::2]), "mended alone", "spoiled alone"]:
         table.add_column(column, justify="right", no_wrap=channels)
@@ -128,10 +174,10 @@ def _print_layers(console: Console, comparison: Comparison, other: Condition, sh
         ]
         costs = (_cost(cost, wide) for cost in (row.mended, row.spoiled))
         table.add_row(row.name, *(cells if channels else cells[::2]), *costs)
-    console.print(table)
+    page.table(table)
     tried = [row.spoiled for row in rows if row.spoiled]
     if tried:
-        console.print(
+        page.text(
             f"points of accuracy on {count(tried[0].samples or 0)} test images"
             f"{', with 95 % intervals' if wide else ''}. mended alone: this layer gets {other} "
             f"statistics and the others keep {baseline}; spoiled alone: this layer keeps "

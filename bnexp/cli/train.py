@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from bnexp.config import Config, load_config, resolve
 from bnexp.config.schema import PLAIN_NAME
 from bnexp.config.shipped import find_config
 from bnexp.errors import ExpectationNotMet, UserError
+from bnexp.importing import require_extra
 from bnexp.memory_size import format_bytes
 from bnexp.performance import prepare_process
 from bnexp.records import RUNS, Run, find_run
@@ -59,7 +60,8 @@ def run_train(
         with ranks.together("the command line"):
             run = find_run(resume, runs) if resume else None
             settings = _settings(config, assignments, run)
-            _require_extras(settings)
+            if settings.logging.tensorboard:  # said before torch is imported
+                require_extra("tensorboard", "logging.tensorboard")
             several = ranks.size > 1 or (processes or 1) > 1
             if several and dry_run:
                 raise UserError("--dry-run tries one process out: leave --processes out")
@@ -72,6 +74,8 @@ def run_train(
 
         from bnexp.experiment import run_experiment
 
+        if ranks.rank == 0:  # what draws the picture is imported while the network trains
+            threading.Thread(target=_import_drawing).start()
         outcome = run_experiment(
             settings,
             resume=run,
@@ -81,11 +85,13 @@ def run_train(
             changed_data=changed_data,
             ranks=ranks,
         )
-    if ranks.rank == 0:
-        _show(outcome, as_json)
-        _draw(outcome.record)
-    if outcome.unmet:
-        raise ExpectationNotMet(outcome.unmet)
+        if ranks.rank == 0:
+            _show(outcome, as_json)
+            _draw(outcome.record)
+        # The agent asks the others to end as soon as one does so with another code than 0.
+        ranks.gather(None, "the end")
+        if outcome.unmet:
+            raise ExpectationNotMet(outcome.unmet)
 
 
 def _show(outcome: Outcome, as_json: bool) -> None:
@@ -100,6 +106,11 @@ def _show(outcome: Outcome, as_json: bool) -> None:
         else:
             print_comparison(outcome.comparison)
             print(f"run: {outcome.record.path}")
+
+
+def _import_drawing() -> None:
+    with contextlib.suppress(Exception):  # _draw says why
+        import bnexp.report.figures  # noqa: F401
 
 
 def _draw(run: Run) -> None:
@@ -129,12 +140,6 @@ def _settings(given: str | None, overrides: list[str], run: Run | None) -> Confi
     words = f"{named['model.name'].rpartition('/')[2]}-{named['data.name']}"
     tree = {"name": words if PLAIN_NAME.fullmatch(words) else "run", "training": {"epochs": EPOCHS}}
     return resolve(tree, overrides, "the overrides")
-
-
-def _require_extras(config: Config) -> None:
-    """Before anything is made."""
-    if config.logging.tensorboard and find_spec("tensorboard") is None:
-        raise UserError("logging.tensorboard needs tensorboard: pip install 'bnexp[tensorboard]'")
 
 
 def _print_plan(config: Config, as_json: bool) -> None:

@@ -79,6 +79,8 @@ class AuditConfig(Section):
     """Also score with every mini-batch's own statistics."""
     prior: Annotated[float, Field(ge=0.0)] | None = None
     """Also blend recomputed with running statistics, as if those were of so many samples."""
+    curve: bool = False
+    """Also score with statistics of less and less of the population, down to one batch."""
     memory: str | None = None
     """Bound on what waits while recomputing, such as 2GiB or 50%; null: half of what is free."""
     forward: str | None = None

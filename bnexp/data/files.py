@@ -119,6 +119,7 @@ FASHION_MNIST = IdxDataSet(
 KMNIST = IdxDataSet(
     "kmnist", "KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"), {}
 )
+IDX = {data_set.name: data_set for data_set in (MNIST, FASHION_MNIST, KMNIST)}
 _OWNERS = {
     md5: data_set.name for data_set in (MNIST, FASHION_MNIST) for md5 in data_set.md5.values()
 }
@@ -352,7 +353,7 @@ def torchvision_files_here(name: str, folders: list[Path]) -> dict[str, Path] | 
     """The files that cifar10, cifar100 or svhn are read from in `folders`, by their names below
     the folder that has them; None where they would be downloaded."""
     parts, archive = (_svhn_parts(), None) if name == "svhn" else _cifar(name)[1:]
-    for place in _torchvision_places(name, folders):
+    for place in torchvision_places(name, folders):
         found = {part: place / part for part in parts if (place / part).is_file()}
         if len(found) == len(parts):
             return found
@@ -361,7 +362,7 @@ def torchvision_files_here(name: str, folders: list[Path]) -> dict[str, Path] | 
     return None
 
 
-def _torchvision_places(name: str, folders: list[Path]) -> list[Path]:
+def torchvision_places(name: str, folders: list[Path]) -> list[Path]:
     return [p for f in folders for p in (f, f / name, f / name.upper(), f.parent)]
 
 
@@ -381,7 +382,7 @@ def _load_torchvision(
 
     folders = search_folders(root)
     remarks = []
-    for place in _torchvision_places(name, folders):
+    for place in torchvision_places(name, folders):
         missing = [part for part in parts if not (place / part).is_file()]
         packed = archive is not None and (place / archive[0]).is_file()
         if missing and not packed:

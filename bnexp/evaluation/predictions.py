@@ -61,6 +61,7 @@ def predict_under(
     with ranks.together("predicting"), inference(model):
         for block in _blocks(make_batches()):
             for name, statistics in kinds.items():
+                ranks.heed()
                 if statistics is None:
                     with batch_statistics(model):
                         parts[name] += [_predict_filled(model, *item) for item in block]

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -70,12 +70,15 @@ class Task:
     score: `score(output, batch)` gives a tensor (N,), higher being better; None: 1 where the most
         probable class is the batch's label.
 
+    ranks: who works on it; all have the same batches.
+
     Batches come with their tensors on `device`.
     """
 
     device: torch.device
     forward: Forward | None = None
     score: Score | None = None
+    ranks: Ranks = field(default_factory=Alone)
 
     def output(self, model: nn.Module, batch: Any) -> Any:
         batch = to_device(batch, self.device)
@@ -106,17 +109,18 @@ def scores_under(
     batches: Iterable,
     settings: Mapping[Name, Setting],
     task: Task,
-    ranks: Ranks = Alone(),
 ) -> dict[Name, Scores]:
     """Scores of the same samples under each of `settings`, in one pass over `batches`.
 
     Under `batch_statistics` a batch smaller than the one before it is filled up with that one's
     samples where they are tensors, so that every sample is normalized among equally many. The
-    model is as before afterwards, also after an exception. Ranks have the same batches (UserError
-    if not), each scores some of them, and all get the scores of all, in the order of the batches.
+    model is as before afterwards, also after an exception. Of the task's ranks each scores some of
+    the batches, and all get the scores of all, in the order of the batches; UserError where their
+    batches are not the same.
     """
     parts: dict[Name, list[Tensor]] = {name: [] for name in settings}
     before: Any = None
+    ranks = task.ranks
     with ranks.together("scoring"), inference(model):
         alike = Alike(batches, ranks, "test")
         for number, batch in enumerate(alike):
@@ -130,6 +134,7 @@ def scores_under(
                         else:
                             parts[name].append(task.rows(model, batch))
             before = batch if missing <= 0 else before
+            ranks.heed()
         alike.check()
         every = ranks.gather(parts, "the scores")
     return {name: _scores(_in_order([p[name] for p in every]), task) for name in settings}

@@ -55,6 +55,8 @@ class Match:
     misshapen: name in the model -> (shape in the file, shape in the model).
     missing_buffers: BN layers whose running statistics the file lacks.
     others: keys of the file's other mappings that would fit as well.
+    tied: name in the model of a BN layer's buffer -> its further names there, where a layer has
+        several places.
     """
 
     key: str
@@ -64,6 +66,7 @@ class Match:
     misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     missing_buffers: tuple[str, ...]
     others: tuple[str, ...]
+    tied: dict[str, tuple[str, ...]]
 
     def __str__(self) -> str:
         where = f"under {self.key!r}" if self.key else "at the top of the file"
@@ -83,6 +86,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     or needs more than that.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"weights: {path} is a folder: name the file in it")
     if not path.is_file():
         raise UserError(f"weights: there is no file {path}")
     if path.suffix == ".safetensors":
@@ -147,6 +152,11 @@ def match(checkpoint: Checkpoint, model: nn.Module, key: str | None = None) -> M
             if any((f"{layer}.{b}" if layer else b) in absent for b in BUFFERS[:2])
         ),
         others=tuple(k for k in best if k != chosen),
+        tied={
+            name: tuple(n for n in names if n != name and wanted[n] is wanted[name])
+            for name in names
+            if name in buffers
+        },
     )
 
 
@@ -186,16 +196,17 @@ def number_of_classes(found: Match) -> int | None:
 def write_mended(checkpoint: Checkpoint, found: Match, statistics: Statistics, out: Path) -> None:
     """Write the checkpoint again with these running statistics; nothing else in it changes.
 
-    The structure, the names, all other tensors and their dtypes are the file's. Running
-    statistics it lacks are added beside the layer's other tensors. Tensors are written as lying on
-    the CPU. Mutates nothing. Raises UserError if `out` exists or a layer isn't in the file.
+    The structure, the names, all other tensors, their dtypes and what shares memory are the file's.
+    Running statistics it lacks are added beside the layer's other tensors. Tensors are written as
+    lying on the CPU. Mutates nothing. Raises UserError if `out` exists, a layer isn't in the file,
+    or its dtype can't hold a statistic.
     """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists: name a file that doesn't; nothing is ever overwritten")
     if not out.parent.is_dir():
         raise UserError(f"{out} can't be written: there is no folder {out.parent}")
-    state = dict(mappings(checkpoint.content))[found.key]
+    state = _at(checkpoint.content, found.key)
     changes: dict[str, Tensor] = {}
     for layer in statistics.names:
         for buffer, values in zip(
@@ -203,12 +214,19 @@ def write_mended(checkpoint: Checkpoint, found: Match, statistics: Statistics, o
         ):
             theirs, like = _name_in_file(found, layer, buffer)
             check_range(f"{buffer} of BN layer {layer!r}", values, state[like].dtype)
-            changes[theirs] = values.detach().cpu().to(state[like].dtype)
-    content = _with(checkpoint.content, found.key.split(".") if found.key else [], changes)
+            new = values.detach().cpu().to(state[like].dtype)
+            if not bool(torch.isfinite(new).all()):
+                raise UserError(f"not mended: {theirs} would not be finite")
+            old = state.get(theirs)
+            also = [n for n in state if old is not None and _same_memory(state[n], old)]
+            tied = found.tied.get(f"{layer}.{buffer}" if layer else buffer, ())
+            changes |= dict.fromkeys([theirs, *also, *(found.names[n] for n in tied)], new)
+    content = _replaced(checkpoint.content, state, changes, {})
     if checkpoint.is_safetensors:
         from safetensors.torch import save
 
         tensors = {name: t.contiguous() for name, t in content.items()}
+        tensors |= {name: t.clone() for name, t in changes.items()}  # it refuses shared memory
         write_atomically(out, save(tensors, metadata=checkpoint.metadata))
         return
     serialized = io.BytesIO()
@@ -307,20 +325,47 @@ def _name_in_file(found: Match, layer: str, buffer: str) -> tuple[str, str]:
     return theirs.removesuffix(beside.rpartition(".")[2]) + buffer, theirs
 
 
-def _with(content: Any, path: list[str], changes: Mapping[str, Tensor]) -> Any:
-    """A copy of the mappings on the way to the changed tensors; all else is the same objects."""
+def _at(content: Any, key: str) -> Mapping[str, Any]:
+    """The mapping that `mappings` gives this key, whole."""
+    while key:
+        parts = key.split(".")
+        name = next(k for k in (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+                    if k in content)  # fmt: skip
+        content, key = content[name], key[len(name) + 1 :]
+    return content
+
+
+def _replaced(content: Any, state: Mapping, changes: Mapping[str, Tensor], done: dict) -> Any:
+    """`content` with changes in `state` and wherever else the very same tensors are; what holds
+    neither is the same objects, and what was one object is one again."""
     import copy
 
-    changed = copy.copy(content)
-    if path:
-        name = next(
-            k for k in (".".join(path[:n]) for n in range(len(path), 0, -1)) if k in content
-        )
-        rest = path[len(name.split(".")) :]
-        changed[name] = _with(content[name], rest, changes)
-    else:
-        changed.update(changes)
-    return changed
+    if not isinstance(content, Mapping):
+        return content
+    if id(content) not in done:
+        done[id(content)] = content
+        if _same_tensors(content, state):
+            new = dict(changes)
+        else:
+            inside = {k: _replaced(v, state, changes, done) for k, v in content.items()}
+            new = {k: v for k, v in inside.items() if v is not content[k]}
+        if new:
+            done[id(content)] = copy.copy(content)
+            done[id(content)].update(new)
+    return done[id(content)]
+
+
+def _same_tensors(one: Mapping, other: Mapping) -> bool:
+    return one is other or (
+        one.keys() == other.keys() and all(_same_memory(one[k], v) for k, v in other.items())
+    )
+
+
+def _same_memory(one: Any, other: Any) -> bool:
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return one is other
+    where = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (one, other)]
+    return one is other or (where[0] == where[1] and one.numel() > 0)
 
 
 def _listed(names: Iterable[str], most: int = 4) -> str:

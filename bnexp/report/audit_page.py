@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from jinja2 import Template
@@ -13,10 +13,13 @@ from pydantic import Field
 
 from bnexp.analysis import words
 from bnexp.analysis.comparison import Comparison
-from bnexp.analysis.findings import Finding, Halves
+from bnexp.analysis.findings import Finding, Gain, Halves
+from bnexp.analysis.sample_curve import CurvePoint, enough
 from bnexp.printable import all_printable, printable
 from bnexp.reading import naming, read
 from bnexp.records.audit import AuditRecord
+from bnexp.report.audit_curve import curve_picture
+from bnexp.report.audit_table import in_two_parts
 from bnexp.report.drawing import PALETTE
 from bnexp.report.templates import template
 
@@ -43,6 +46,7 @@ class _Findings:
     attribution: _Attribution | None
     halves: Halves | None
     seconds: dict[str, float]
+    curve: list[CurvePoint] = field(default_factory=list)
 
 
 def render_record(record: AuditRecord) -> str:
@@ -90,7 +94,10 @@ def _template(name: str) -> Template:
 
 def _content(comparison: Comparison, findings: Mapping[str, Any]) -> dict[str, Any]:
     top1 = comparison.score == "accuracy"
-    attribution = findings["attribution"]
+    attribution, halves = findings["attribution"], findings["halves"]
+    if halves is not None:
+        halves = Halves(**{**halves, "gain": Gain(**halves["gain"])})
+    curve = [CurvePoint.from_dict(point) for point in findings["curve"]]
     return {
         "summary": findings["summary"],
         "mood": "orange" if any(not f["harmless"] for f in findings["findings"]) else "green",
@@ -98,7 +105,10 @@ def _content(comparison: Comparison, findings: Mapping[str, Any]) -> dict[str, A
         "top1": top1,
         "findings": findings["findings"],
         "population_samples": findings["population_samples"],
-        "halves": findings["halves"],
+        "halves": halves and in_two_parts(comparison, halves, findings["population_samples"]),
+        "curve": curve,
+        "curve_picture": curve_picture(curve, top1) if curve else "",
+        "enough": enough(curve) if curve else "",
         "attribution": attribution,
         "explained": attribution and attribution["difference"]
         and attribution["explained"] / attribution["difference"],

@@ -1,13 +1,16 @@
-"""An audit as a table of plain text."""
+"""An audit as plain text, and as Markdown."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bnexp import markdown
 from bnexp.analysis.comparison import Comparison
-from bnexp.analysis.findings import Finding, Halves
+from bnexp.analysis.findings import BY_THE_WAY, Finding, Halves
+from bnexp.analysis.sample_curve import CurvePoint, enough
 from bnexp.analysis.words import p_value
 
 if TYPE_CHECKING:
@@ -16,23 +19,39 @@ if TYPE_CHECKING:
 WIDTH = 96
 
 
+@dataclass(frozen=True)
+class Form:
+    """What paragraphs and tables (a head and rows of cells) look like, and a remark in a list."""
+
+    paragraph: Callable[[str], str]
+    table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+    item: Callable[[int, str, Sequence[str]], str]
+
+
 def as_text(
     comparison: Comparison,
     findings: Sequence[Finding],
     summary: str,
     attribution: Attribution | None,
     halves: Halves | None,
+    population_samples: int,
+    curve: Sequence[CurvePoint],
+    form: Form,
 ) -> str:
+    """Everything an audit found."""
     parts = [
-        _wrapped(summary),
-        _wrapped(comparison.verdict.text),
-        _table(*_conditions(comparison)),
-        *(_finding(i, finding) for i, finding in enumerate(findings, start=1)),
+        form.paragraph(summary),
+        form.paragraph(comparison.verdict.text),
+        form.table(*_conditions(comparison)),
+        *(_finding(i, finding, form) for i, finding in enumerate(findings, start=1)),
     ]
     if attribution is not None:
-        parts.append(_attribution(comparison, attribution))
+        parts += _attribution(comparison, attribution, form)
     if halves is not None:
-        parts.append(_halves(comparison, halves))
+        text = in_two_parts(comparison, halves, population_samples)
+        parts.append(form.paragraph(f"How many samples? {text}"))
+    if curve:
+        parts += [form.paragraph(enough(curve)), form.table(*_curve(comparison, curve))]
     return "\n\n".join(parts)
 
 
@@ -63,18 +82,17 @@ def _conditions(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _finding(number: int, finding: Finding) -> str:
+def _finding(number: int, finding: Finding, form: Form) -> str:
     about = ""
     if finding.layers:
         shown = ", ".join(finding.layers[:3])
         more = len(finding.layers) - 3
         about = f"  ({shown}{f' and {more} more' if more > 0 else ''})"
-    head = f"{number}. {finding.code}{' (harmless)' if finding.harmless else ''}{about}"
-    lines = [f"{finding.evidence}", f"{finding.effect}", f"-> {finding.remedy}"]
-    return "\n".join([head, *(_wrapped(line, "   ") for line in lines)])
+    head = f"{finding.code}{' (harmless)' if finding.harmless else ''}{about}"
+    return form.item(number, head, [finding.evidence, finding.effect, f"-> {finding.remedy}"])
 
 
-def _attribution(comparison: Comparison, attribution: Attribution) -> str:
+def _attribution(comparison: Comparison, attribution: Attribution, form: Form) -> list[str]:
     share = ""
     if attribution.difference:
         share = f", {100 * attribution.explained / attribution.difference:.0f} % of it"
@@ -103,20 +121,50 @@ def _attribution(comparison: Comparison, attribution: Attribution) -> str:
                 else f"{scale * row.spoiled.difference:{spec}}",
             ]
         )  # fmt: skip
-    table = _table(["layer", "loss", "worst channel", "mended alone", "spoiled alone"], rows)
-    return f"{_wrapped(head)}\n{table}"
+    columns = ["layer", "loss", "worst channel", "mended alone", "spoiled alone"]
+    return [form.paragraph(head), form.table(columns, rows)]
 
 
-def _halves(comparison: Comparison, halves: Halves) -> str:
-    first, second = (
-        f"{100 * s:.2f} %" if comparison.score == "accuracy" else f"{s:.4g}" for s in halves.scores
-    )
-    return _wrapped(
-        f"How many samples? Statistics from two disjoint halves of {halves.samples:,} samples "
+def in_two_parts(comparison: Comparison, halves: Halves, population_samples: int) -> str:
+    """How far statistics of two parts of the population are apart, in a sentence or two."""
+    top1 = comparison.score == "accuracy"
+    first, second = (f"{100 * s:.2f} %" if top1 else f"{s:.4g}" for s in halves.scores)
+    parts = "halves" if 2 * halves.samples >= 0.9 * population_samples else "parts"
+    text = (
+        f"Statistics from two disjoint {parts} of {halves.samples:,} samples of the population "
         f"score {first} and {second} on {halves.test_samples:,} test samples, {halves.changed:,} "
         f"of which fare otherwise; furthest apart is {halves.worst_layer}, by "
         f"{halves.worst_distance:.3f} standard deviations."
     )
+    if parts == "halves" or halves.gain.matters(BY_THE_WAY):
+        return text
+    return f"{text} All {population_samples:,} samples leave less to chance than such a part."
+
+
+def _curve(
+    comparison: Comparison, curve: Sequence[CurvePoint]
+) -> tuple[list[str], list[list[str]]]:
+    scale, spec = (100, ".2f") if comparison.score == "accuracy" else (1, ".4g")
+    rows = [
+        [
+            f"{point.samples:,}{' (all)' if point.part == 'all' else ''}"
+            f"{' (the other half)' if point.part == 'other half' else ''}",
+            f"{scale * point.score:{spec}}",
+            *(
+                []
+                if point.part == "all"
+                else [
+                    f"{scale * point.gain.difference:+{spec}}",
+                    f"{scale * point.gain.low:+{spec}} … {scale * point.gain.high:+{spec}}",
+                    f"{point.changed:,}",
+                ]
+            ),
+        ]
+        for point in curve
+    ]
+    score = "accuracy %" if comparison.score == "accuracy" else comparison.score
+    head = ["samples", score, "less all", "95 % interval", "changed"]
+    return head, [[*row, *[""] * (len(head) - len(row))] for row in rows]
 
 
 def _signed(value: float) -> str:
@@ -127,7 +175,7 @@ def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     table = [list(head), *map(list, rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     lines = []
@@ -138,3 +186,16 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         )
         lines.append("  ".join([first, *others]).rstrip())
     return "\n".join(lines)
+
+
+def _item(number: int, head: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"{number}. {head}", *(_wrapped(line, "   ") for line in lines)])
+
+
+def _markdown_item(number: int, head: str, lines: Sequence[str]) -> str:
+    texts = [f"**{markdown.escaped(head)}**", *(markdown.paragraph(line) for line in lines)]
+    return f"{number}. " + "  \n   ".join(texts)
+
+
+PLAIN = Form(_wrapped, _table, _item)
+MARKDOWN = Form(markdown.paragraph, markdown.table, _markdown_item)

@@ -103,7 +103,7 @@ def render(runs: Sequence[RunData]) -> str:
     if len({run.path for run in runs}) < len(runs):
         raise UserError("a run is named twice")
     sections = [_section(run, f"run-{i + 1}") for i, run in enumerate(runs)]
-    return template("page.html.j2", count=words.count, tidy=_tidy).render(
+    return template("page.html.j2", count=words.count, tidy=tidy).render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         palette=PALETTE,
         these_weights=THESE_WEIGHTS,
@@ -124,14 +124,15 @@ def _section(run: RunData, anchor: str) -> Section:
         tiles=_tiles(run),
         rows=_rows(run, comparison) if comparison and comparison.others else (),
         classes=_classes(comparison) if comparison else None,
-        figures=[_figure(plot, anchor) for plot in run_plots(run)],
+        figures=[figure_of(plot, anchor) for plot in run_plots(run)],
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True),
         environment=[(k, v) for k, v in _flat(run.environment) if v not in ("", "None", "[]")],
         commands=_commands(run),
     )
 
 
-def _figure(plot: Plot, prefix: str) -> Figure:
+def figure_of(plot: Plot, prefix: str) -> Figure:
+    """The plot drawn for wide and for narrow screens, its ids beginning with `prefix`."""
     plot = replace(plot, key=f"{prefix}-{plot.key}")
     return Figure(plot, Markup(to_svg(plot)), Markup(to_svg(plot, narrow=True)))
 
@@ -283,7 +284,7 @@ def _overview(runs: Sequence[RunData]) -> Overview:
         test_sets=len(sets),
         differences=differences,
         seeds=[_seeds(group) for group in seed_groups(runs)],
-        figures=[_figure(plot, "overview") for plot in runs_plots(runs)],
+        figures=[figure_of(plot, "overview") for plot in runs_plots(runs)],
     )
 
 
@@ -355,7 +356,7 @@ def _value(value: Any) -> str:
     return "–" if value is None else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 
 
-def _tidy(text: str) -> Markup:
+def tidy(text: str) -> Markup:
     """Keep numbers together with their units: 91.7 %, p = 0.6."""
     text = re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
     text = re.sub(r"p ([=<]) ", "p\u00a0\\1\u00a0", text)

@@ -196,7 +196,7 @@ def prepared_task(
     bound = memory_bound(memory, device)
     if device.type == "cpu":
         reuse_freed_memory()
-    with eagerly(), inference(model) as given:
+    with eagerly(), inference(model, parameters=True) as given:
         settings = PassSettings()
         run = Runner(model, device, forward, given, settings)
         try:

@@ -11,20 +11,24 @@ from bnexp.records.files import read_bytes
 from bnexp.records.study import StudyRecord, to_csv
 from bnexp.study.claims import Claim, Judged, judge, undecided
 from bnexp.study.file import COLUMNS, Study, text_of
-from bnexp.study.grid import Training
+from bnexp.study.grid import Point, Training
 from bnexp.study.measures import Experiment
 
 
 def experiments_of(
-    record: StudyRecord, trainings: Sequence[Training], failed: Mapping[str, str]
+    record: StudyRecord,
+    points: Sequence[Point],
+    trainings: Sequence[Training],
+    failed: Mapping[str, str],
 ) -> list[Experiment]:
-    """The experiments of the grid with the records that answer them."""
-    return [
-        Experiment(reading, run, failed.get(training.key))
+    """The experiments of the grid, in its order, with the records that answer them."""
+    found = {
+        id(reading.point): Experiment(reading, run, failed.get(training.key))
         for training in trainings
         for run in [record.run(training.key)]
         for reading in training.readings
-    ]
+    }
+    return [found[id(point)] for point in points]
 
 
 def collect(
@@ -53,7 +57,7 @@ def _rows(experiment: Experiment, axes: Sequence[str]) -> list[list[str]]:
     head += [str(point.seed), state["state"], str(state["step"])]
     if state["state"] != "finished" or run is None:
         return [[*head, "", "", "", "", "", ""]]
-    samples = str((run.comparison() or {}).get("samples", ""))
+    samples = str(experiment.comparison["samples"])
     ema = _last_ema(run)
     rows = []
     for condition, row in experiment.results.items():

@@ -208,11 +208,11 @@ def _axis(name: str, given: Any, source: str) -> Axis:
         if any(same(level.value, other.value) for other in levels[:i]):
             raise UserError(f"{said} has {text_of(level.value)} twice")
         for key in level.changes:
-            if key in Config.model_fields and key != "device":
-                raise UserError(f"{said}: {key} is a whole section: vary a key in it")
             if within(key, _NOT_VARIED):
                 hint = "say seeds" if key == "seed" else "it changes no result"
                 raise UserError(f"{said}: {key} can't be varied: {hint}")
+            if key in Config.model_fields and key != "device":
+                raise UserError(f"{said}: {key} is a whole section: vary a key in it")
             if "." not in key and key != "device":
                 raise UserError(
                     f"{said}: {shown(key)} is no key of a config, such as training.batch_size; "

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from bnexp.config.yaml_text import parse_yaml
 from bnexp.errors import Interrupted, UserError
+from bnexp.importing import require_extra
 from bnexp.records.making import place, staged
 from bnexp.records.study import StudyRecord, all_studies, create_study
 from bnexp.study.claims import Claim, Judged, claims_of
@@ -85,8 +86,10 @@ class Plan:
 
 
 def plan_study(study: Study, fold: bool = True) -> Plan:
-    """UserError where a config or a claim is wrong."""
+    """UserError where a config or a claim is wrong, or a package is missing."""
     points = points_of(study)
+    if any(point.config.logging.tensorboard for point in points):
+        require_extra("tensorboard", "logging.tensorboard")
     return Plan(study, points, trainings_of(points, fold), claims_of(study, points))
 
 
@@ -202,6 +205,16 @@ def load_plan(record: StudyRecord) -> Plan:
     return plan_study(make_study(tree, [], str(path), record.path))
 
 
+def refresh(record: StudyRecord) -> None:
+    """Collect what a study that was killed before it did so has by now."""
+    if record.state["state"] != "killed":
+        return
+    with record.locked():
+        plan = load_plan(record)
+        experiments = experiments_of(record, plan.points, plan.trainings, record.state["failed"])
+        collect(record, plan.study, experiments, plan.claims)
+
+
 class _Study:
     """A study that runs; what the engine tells it goes into the record at once."""
 
@@ -309,7 +322,7 @@ class _Study:
     def _collect(self) -> tuple[list[Judged], dict[str, int]]:
         progress = self.progress
         plan = progress.plan
-        experiments = experiments_of(progress.record, plan.trainings, progress.failed)
+        experiments = experiments_of(progress.record, plan.points, plan.trainings, progress.failed)
         judged = collect(progress.record, plan.study, experiments, plan.claims)
         self._collected = time.monotonic()
         return judged, summary(experiments)

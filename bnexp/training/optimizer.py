@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from bnexp.config.schema import OptimizerConfig
+from bnexp.torch_internals import without_compiler
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -22,7 +23,9 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     groups = [group for group in groups if group["params"]]
     fused = parameters[0].device.type in ("cpu", "cuda")
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
-    return torch.optim.SGD(
+        return without_compiler(torch.optim.AdamW)(
+            groups, lr=config.lr, betas=config.betas, fused=fused
+        )
+    return without_compiler(torch.optim.SGD)(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
     )

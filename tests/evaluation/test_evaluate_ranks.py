@@ -77,14 +77,15 @@ def test_all_conditions_are_those_of_one_process(size):
 
 
 def scored(rank):
-    ranks = TorchRanks()
     model = network()
     settings = {"running": running_statistics(model).applied_to, "batch": batch_statistics}
-    own = Task(torch.device("cpu"), score=lambda output, batch: -output.square().sum(1))
-    found = scores_under(model, batches(), settings, own, ranks)
+    own = Task(
+        torch.device("cpu"), None, lambda output, batch: -output.square().sum(1), TorchRanks()
+    )
+    found = scores_under(model, batches(), settings, own)
     with pytest.raises(UserError, match=r"rank 2 has other test batches than rank 0.*the same"):
         mine = batches() if rank < 2 else batches()[::-1]
-        scores_under(model, mine, settings, own, ranks)
+        scores_under(model, mine, settings, own)
     return {name: scores.values for name, scores in found.items()}
 
 

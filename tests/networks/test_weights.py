@@ -116,6 +116,64 @@ def assert_same_but_buffers(a, b, name=""):
         assert a == b
 
 
+class Tied(nn.Module):
+    """One BN layer in two places, and so under two names in a state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.BatchNorm1d(2)
+        self.second = self.first
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_layer_in_two_places_is_mended_in_both(tmp_path, suffix):
+    path, out = tmp_path / f"x.{suffix}", tmp_path / f"out.{suffix}"
+    state = Tied().state_dict()
+    if suffix == "pt":
+        torch.save(state, path)
+    else:
+        save_file({n: v.clone() for n, v in state.items()}, path)
+    checkpoint, model = read_checkpoint(path), Tied()
+    new = Statistics({"first": torch.ones(2)}, {"first": torch.full((2,), 3.0)}, {"first": 1})
+    write_mended(checkpoint, match(checkpoint, model), new, out)
+    again = read_checkpoint(out)
+    load_weights(again, model, match(again, model))
+    assert model.first.running_mean.tolist() == [1, 1], "and the old ones don't come back"
+    assert torch.equal(again.content["first.running_var"], again.content["second.running_var"])
+
+
+def test_what_shared_memory_shares_it_again(net, tmp_path):
+    path, out = tmp_path / "x.pt", tmp_path / "out.pt"
+    state = net.state_dict()
+    other = {n: v + 1 for n, v in state.items()}
+    for name in ("bn.running_mean", "bn.running_var"):
+        other[name] = state[name]  # averaged weights whose buffers were not copied
+    torch.save({"model": state, "best": state, "ema": other}, path)
+    checkpoint = read_checkpoint(path)
+    new = running_statistics(net)
+    new = Statistics({n: v + 5 for n, v in new.mean.items()}, new.var, new.count)
+    write_mended(checkpoint, match(checkpoint, Net()), new, out)
+    a, b = torch.load(path), torch.load(out)
+    assert b["model"] is b["best"] and a["model"] is a["best"]
+    assert torch.equal(b["best"]["bn.running_mean"], a["model"]["bn.running_mean"] + 5)
+    assert torch.equal(b["ema"]["bn.running_mean"], a["ema"]["bn.running_mean"])
+
+
+def test_statistics_that_the_dtype_of_the_file_cannot_hold_are_not_written(net, tmp_path):
+    path, out = tmp_path / "x.pt", tmp_path / "out.pt"
+    torch.save(net.half().state_dict(), path)
+    checkpoint, statistics = read_checkpoint(path), running_statistics(net)
+    for huge, message in (
+        (1e6, r"running_var of BN layer 'bn' is 1e\+06, beyond 65504"),
+        (float("inf"), "bn.running_var would not be finite"),
+    ):
+        var = {n: v.double() * 0 + huge for n, v in statistics.var.items()}
+        wrong = Statistics(statistics.mean, var, statistics.count)
+        with pytest.raises(UserError, match=message):
+            write_mended(checkpoint, match(checkpoint, Net()), wrong, out)
+    assert not out.exists()
+
+
 def test_safetensors_keep_their_metadata(net, tmp_path):
     path, out = tmp_path / "her.safetensors", tmp_path / "mended.safetensors"
     save_file(net.half().state_dict(), path, metadata={"format": "pt", "note": "hers"})

@@ -1,0 +1,170 @@
+"""`bnexp train` in several processes that torch's elastic agent starts: how they end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_of, wait_for
+
+from bnexp.cli.processes import check_count, is_silent, started_by_launcher
+from bnexp.errors import UserError
+from bnexp.records import Run
+
+CONFIG = """
+name: several
+data: {name: digits, limit: {train: 300, test: 100}}
+model: {name: mlp}
+statistics: {recompute: {samples: 100}}
+training: {steps: 10, batch_size: 20, schedule: {name: constant}}
+checkpoints: {every_steps: 5, every_seconds: null}
+"""
+LONG = "training.steps=1000000"
+
+
+@pytest.fixture
+def config(bnexp):
+    (bnexp.cwd / "several.yaml").write_text(CONFIG)
+    return "several.yaml"
+
+
+def processes_of(folder: Path) -> dict[int, list[str]]:
+    """Pid -> RANK of the processes that work in `folder` and have one."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            if Path(os.readlink(entry / "cwd")) != folder:
+                continue
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if ranks := [e.decode() for e in environment if e.startswith(b"RANK=")]:
+            found[int(entry.name)] = ranks
+    return found
+
+
+def under_way(bnexp, config):
+    """A training of two processes that has made its first checkpoints: command, record, pids."""
+    command = bnexp.start("train", config, LONG, "--processes", 2)
+    run = Run(bnexp.cwd / "runs" / "several-1")
+    wait_for(lambda: list(run.checkpoints.glob("step-*.pt")), 240)
+    by_rank = {ranks[0]: pid for pid, ranks in processes_of(bnexp.cwd).items()}
+    assert len(by_rank) == 2
+    return command, run, [by_rank["RANK=0"], by_rank["RANK=1"]]
+
+
+def test_two_processes_print_once_and_one_goes_on(bnexp, config):
+    done = bnexp("train", config, "expect.test_accuracy=1", "--processes", 2)
+    assert done.code == 3, done.stderr
+    assert "running averages" in done.stdout
+    run = run_of(bnexp, done)
+    assert (run.path / "results.png").exists()
+    assert done.stdout.count("run: ") == 1
+    assert done.stderr.count("mlp (") == 1
+    environment = run.environment
+    assert environment["processes"] == 2
+    assert run.steps()["step"].tolist() == list(range(1, 11))
+    done = bnexp("train", "--resume", run.path, "training.steps=20", "expect.test_accuracy=null")
+    assert done.code == 0, done.stderr
+    assert "the run had 2 processes and goes on with 1" in done.stderr
+    assert run.steps()["step"].tolist() == list(range(1, 21))
+    assert not processes_of(bnexp.cwd)
+
+
+def test_ctrl_c_ends_all_with_a_checkpoint_and_130(bnexp, config):
+    command, run, _ = under_way(bnexp, config)
+    command.signal(signal.SIGINT)
+    done = command.wait()
+    assert done.code == 130
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("bnexp: ")]
+    assert "the checkpoint is written; go on with: bnexp train --resume" in line
+    assert "Traceback" not in done.stderr and "death signal" not in done.stderr
+    state = run.state
+    assert state["state"] == "interrupted"
+    assert len(run.steps()["step"]) == state["step"]
+    assert not processes_of(bnexp.cwd)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_kill_9_of_a_process_ends_the_others_and_the_run_resumes(bnexp, config, culprit):
+    command, run, pids = under_way(bnexp, config)
+    os.kill(pids[culprit], signal.SIGKILL)
+    done = command.wait()
+    assert done.code == 1
+    assert f"bnexp: process {culprit} was killed (SIGKILL)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run.state["state"] in (["killed"] if culprit == 0 else ["failed", "interrupted"])
+    assert not processes_of(bnexp.cwd)
+    step = run.state["step"]
+    done = bnexp("train", "--resume", run.path, f"training.steps={step + 5}")
+    assert done.code == 0, done.stderr
+    assert run.steps()["step"].tolist() == list(range(1, step + 6))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells of a parent's death")
+def test_without_their_agent_the_processes_end_by_themselves(bnexp, config):
+    command, run, _ = under_way(bnexp, config)
+    command.signal(signal.SIGKILL)
+    command.wait()
+    wait_for(lambda: not processes_of(bnexp.cwd), 60)
+    assert run.state["state"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["several.yaml", "training.batch_size=1"], "can't be shared by 2 processes"),
+        (["several.yaml", "data.root=/nowhere", "data.name=image-folder"], "/nowhere"),
+        (["several.yaml", "performance.compile=true"], "performance.compile is for one process"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(bnexp, config, arguments, said):
+    done = bnexp("train", *arguments, "--processes", 2)
+    assert done.code == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("bnexp: ") and said in line
+    assert not (bnexp.cwd / "runs").exists() or not list((bnexp.cwd / "runs").iterdir())
+
+
+def test_errors_that_need_no_processes_start_none(bnexp, config):
+    for arguments, said in [
+        (["several.yaml", "training.nothing=1"], "nothing"),
+        (["several.yaml", "--dry-run"], "--dry-run tries one process out"),
+        (["--resume", "nowhere"], "no run nowhere"),
+    ]:
+        done = bnexp("train", *arguments, "--processes", 2)
+        assert done.code == 2
+        assert said in done.stderr.splitlines()[-1]
+
+
+def test_torchrun_trains_too(bnexp, config):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", "-m", "bnexp", "train", config],
+        cwd=bnexp.cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^run: .*", done.stdout, flags=re.M) == ["run: runs/several-1"]
+    assert Run(bnexp.cwd / "runs" / "several-1").environment["processes"] == 2
+
+
+def test_what_a_launcher_says(monkeypatch):
+    assert started_by_launcher() == 1 and not is_silent()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert started_by_launcher() == 3 and is_silent()
+    check_count(3)
+    with pytest.raises(UserError, match="has started 3 processes: leave --processes out"):
+        check_count(2)
