@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnexp.errors import UserError
 from bnexp.memory_size import format_bytes
@@ -118,7 +115,7 @@ class Probe:
         blocks = task.run.blocks()
         threads = {threading.get_ident()}
         readers = readers_of_random_states(task.model)
-        with task.run.unseen, _Work() as work, OffloadMode(OffloadStore()) as mode:
+        with task.run.unseen, _Measured(OffloadStore()) as mode:
             state, settings = ModelState(task.model), PassSettings()
             random = [read() for read in readers]
 
@@ -126,13 +123,13 @@ class Probe:
                 nonlocal change, plain, first_work
                 held = memory.bytes
                 threads.add(threading.get_ident())
-                with mode.uncounted(), work.uncounted():
+                with mode.uncounted():
                     change = change or state.change() or blocks.find()
                     if not calls:  # what has it done that would have to be undone?
                         others = memory.storages.keys() - given - {storage_key(x.untyped_storage())}
                         drawn = [read() for read in readers] != random
                         plain = not others and not drawn and settings.hold()
-                        first_work = work.done
+                        first_work = mode.work
                     calls.append(Call.of(name, x, held))
                     normalizer = Normalizer.by_its_own(calls[-1].moments, x)
                 if name == task.stop_after:
@@ -150,14 +147,24 @@ class Probe:
             raise in_threads()
         if not calls:
             raise UserError("the forward pass reaches no BN layer: nothing to recompute")
-        cheap = first_work <= _CHEAP * work.done
-        less = max([own, *(call.held for call in calls[1:])]) <= _LESS * calls[0].held
+        cheap = first_work <= _CHEAP * mode.work
+        less = max([own, *(call.held for call in calls[1:])]) < _LESS * calls[0].held
         return Probe(calls, memory.peak, change, own, plain and cheap and less)
 
+    def kept(self, batches: int) -> int:
+        """How many of so many passes may wait at the first BN layer in the memory that all of them
+        take at another, where the first leg is run again."""
+        most, first = max(self._held), self.calls[0].held
+        return int(batches * (most - self.given) / (first - self.given)) if self.again else batches
+
+    @property
+    def _held(self) -> list[int]:
+        """What a pass holds at each BN layer, on an average of the batches."""
+        later = [call.held for call in self.calls[1:]]
+        return [self.given if self.again else self.calls[0].held, *later]
+
     def estimate(self, task: Task) -> MemoryEstimate:
-        held = [call.held for call in self.calls]
-        if self.again:
-            held[0] = self.given
+        held = self._held
         most = max(range(len(held)), key=held.__getitem__)
         return MemoryEstimate(
             task.length, held[most], self.calls[most].name, self.working, task.memory
@@ -171,28 +178,17 @@ class Probe:
         )
 
 
-class _Work(TorchDispatchMode):
-    """Counts what operations cost, in multiplications, roughly."""
+class _Measured(OffloadMode):
+    """Also counts what a pass's operations cost, in multiplications, roughly."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.done = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in OffloadMode
+    work = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.done += result.numel() * (_PER_ELEMENT + _terms(func, args))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        made = result[0] if isinstance(result, tuple) and result else result
+        if self.current is not None and isinstance(made, Tensor):
+            self.work += made.numel() * (_PER_ELEMENT + _terms(func, args))
         return result
-
-    @contextlib.contextmanager
-    def uncounted(self) -> Iterator[None]:
-        before = self.done
-        yield
-        self.done = before
 
 
 def _terms(func: Any, args: tuple) -> int:

@@ -28,7 +28,7 @@ from bnexp.statistics.pass_settings import PassSettings
 from bnexp.statistics.per_batch import batch_mean, pooled
 from bnexp.statistics.probe import MemoryEstimate, memory_estimate
 from bnexp.statistics.progress import Progress, Report, reporting
-from bnexp.statistics.spill import memory_bound
+from bnexp.statistics.spill import memory_bound, reuse_freed_memory
 from bnexp.statistics.statistics import Statistics
 from bnexp.torch_internals import original_module
 
@@ -194,6 +194,8 @@ def prepared_task(
         )
     device = torch.device(device) if device is not None else device_of(model)
     bound = memory_bound(memory, device)
+    if device.type == "cpu":
+        reuse_freed_memory()
     with eagerly(), inference(model, parameters=True) as given:
         settings = PassSettings()
         run = Runner(model, device, forward, given, settings)
