@@ -4,9 +4,8 @@
 
 Prints Markdown. The 12 experiments are run one after another in one process of one thread, which
 has imported everything: the sum of their computing time. Then as a study with two processes, and
-with --ray on a Ray cluster of two CPUs that was started, and has run something, before. CPU time
-(of all processes that the study waits for) is given besides the wall time, which other work on the
-machine makes longer.
+with --ray on a Ray cluster of two CPUs that was started, and has run something, before. Other work
+on the machine makes all of them longer, so read the shares.
 """
 
 from __future__ import annotations
@@ -80,15 +79,13 @@ def _twelve(folder: Path, rounds: int, on_ray: bool) -> None:
         if cluster is not None:
             cluster.shutdown()
     half = statistics.median(wall for wall, _ in found["alone"]) / 2
-    cpu = statistics.median(cpu for _, cpu in found["alone"])
     local = statistics.median(wall for wall, _ in found["local"])
-    print("12 experiments, two at a time | wall, s | share | CPU, s\n--- | ---: | ---: | ---:")
-    print(f"one after another, halved | {half:.1f} | 1 | {cpu:.1f}")
-    local_cpu = statistics.median(cpu for _, cpu in found["local"])
-    print(f"locally | {local:.1f} | {local / half:.2f} of the halved sum | {local_cpu:.1f}")
+    print("12 experiments, two at a time | wall, s | share\n--- | ---: | ---:")
+    print(f"one after another, halved | {half:.1f} | 1")
+    print(f"locally | {local:.1f} | {local / half:.2f} of the halved sum")
     if found["ray"]:
         ray = statistics.median(wall for wall, _ in found["ray"])
-        print(f"Ray | {ray:.1f} | {ray / local:.2f} of locally | ")
+        print(f"Ray | {ray:.1f} | {ray / local:.2f} of locally")
     print()
 
 
@@ -149,8 +146,8 @@ def _finished(folder: Path, number: int) -> None:
     (made,) = [p for p in (folder / "one" / "bench-1" / "experiments").iterdir() if p.is_dir()]
     levels = max(1, number // 20)
     rates = f"{{from: 1.0e-4, to: {1e-4 * levels:.10g}, step: 1.0e-4}}"
-    text = text.replace("[0.02]", rates)
-    (folder / "bench.yaml").write_text(text.replace("seeds: 1", "seeds: 20"))
+    text = text.replace("[0.02]", rates).replace("seeds: 3", "seeds: 20")
+    (folder / "bench.yaml").write_text(text)
     plan = plan_study(read_study(folder / "bench.yaml"))
     record = find_record(plan, folder / "many")
     for training in plan.trainings:

@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class NotFinite(UserError):
-    """The data or the activations hold NaN or infinity."""
+    """The data or the activations hold NaN or infinity, or what no buffer can hold."""
 
 
 class RunFailed(RuntimeError):

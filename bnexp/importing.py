@@ -19,6 +19,15 @@ def is_object_name(name: str) -> bool:
     return bool(colon) and all(part.isidentifier() for part in parts)
 
 
+def require_extra(package: str, what: str) -> None:
+    """UserError where the optional `package`, which `what` needs, can't be imported. Extras are
+    called as their packages are."""
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{what} needs {package}: pip install 'bnexp[{package}]'") from None
+
+
 def import_object(name: str) -> Any:
     """What `package.module:object` names, modules found as Python finds them.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from bnexp.records import Run
 
 ROOT = Path(__file__).parent.parent
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 needs_fashion_mnist = pytest.mark.skipif(
     not FASHION_MNIST.exists(), reason="Fashion-MNIST is not installed"
@@ -219,3 +222,25 @@ def bnexp(command_server, tmp_path, tmp_path_factory) -> Commands:
 def bnexp_beside(second_command_server, tmp_path, tmp_path_factory) -> Commands:
     """The same in the same folder, for a second process at the same time."""
     return Commands(second_command_server, tmp_path, tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
+        yield browser
+        browser.close()

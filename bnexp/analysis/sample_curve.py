@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bnexp.analysis.findings import SIGNIFICANT, Gain
+
+Part = Literal["nested", "other half", "all"]
 
 
 @dataclass(frozen=True)
@@ -16,11 +18,15 @@ class CurvePoint:
     or "all". changed: test samples that fare otherwise than with all."""
 
     samples: int
-    part: str
+    part: Part
     score: float
     gain: Gain
     changed: int
     test_samples: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError("a point of a curve is of one sample at least")
 
     @staticmethod
     def from_dict(found: Mapping[str, Any]) -> CurvePoint:
@@ -30,7 +36,7 @@ class CurvePoint:
 def enough(points: Sequence[CurvePoint]) -> str:
     """From how many samples on the score can't be told from that with all of them, in words."""
     whole = points[-1]
-    differing = [p.samples for p in points[:-1] if p.gain.p < SIGNIFICANT]
+    differing = [p.samples for p in points[:-1] if p.gain.matters(SIGNIFICANT)]
     alike = [p.samples for p in points[:-1] if p.samples > max(differing, default=0)]
     on = f"on {whole.test_samples:,} test samples"
     if not alike:

@@ -66,7 +66,12 @@ def run_data(root: Path | None, as_json: bool) -> None:
     from bnexp.data.files import search_folders
     from bnexp.data.overview import DATA_SETS, DIGITS, place_of
 
-    found = {data_set: place_of(data_set, root) for data_set in DATA_SETS}
+    found, damaged = {}, {}
+    for data_set in DATA_SETS:
+        try:
+            found[data_set] = place_of(data_set, root)
+        except UserError as error:
+            found[data_set], damaged[data_set] = None, str(error)
     if as_json:
         rows = [
             {
@@ -77,6 +82,7 @@ def run_data(root: Path | None, as_json: bool) -> None:
                 "classes": each.classes,
                 "here": place is not None,
                 "path": None if place is None else printable(place),
+                "damaged": damaged.get(each),
                 "download_megabytes": each.megabytes,
             }
             for each, place in found.items()
@@ -90,7 +96,7 @@ def run_data(root: Path | None, as_json: bool) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("files", overflow="fold")
     for each, place in found.items():
-        here = f"not here: torchvision downloads {each.megabytes} MB"
+        here = damaged.get(each) or f"not here: torchvision downloads {each.megabytes} MB"
         if place is not None:
             here = "in the package" if each is DIGITS else printable(place)
         height, width, channels = each.shape

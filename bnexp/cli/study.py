@@ -17,6 +17,7 @@ from bnexp.cli.streams import printing_what_can_be
 from bnexp.cli.tables import Page, output, refuse_both
 from bnexp.config.study import StudyConfig
 from bnexp.errors import ExpectationNotMet, RunFailed, UserError
+from bnexp.importing import require_extra
 from bnexp.printable import printable
 from bnexp.study.claims import Judged
 from bnexp.study.file import read_study
@@ -45,6 +46,8 @@ def run_study_command(
     from bnexp.study.on_ray import run_on_ray
 
     refuse_both(as_json, as_markdown)
+    if ray is not None:
+        require_extra("ray", "--ray")
     study = read_study(_file(path), overrides)
     plan = plan_study(study)
     resources = study.config.resources

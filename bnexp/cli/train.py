@@ -7,7 +7,6 @@ import json
 import sys
 import threading
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from bnexp.config import Config, load_config, resolve
 from bnexp.config.schema import PLAIN_NAME
 from bnexp.config.shipped import find_config
 from bnexp.errors import ExpectationNotMet, UserError
+from bnexp.importing import require_extra
 from bnexp.memory_size import format_bytes
 from bnexp.performance import prepare_process
 from bnexp.records import RUNS, Run, find_run
@@ -60,7 +60,8 @@ def run_train(
         with ranks.together("the command line"):
             run = find_run(resume, runs) if resume else None
             settings = _settings(config, assignments, run)
-            _require_extras(settings)
+            if settings.logging.tensorboard:  # said before torch is imported
+                require_extra("tensorboard", "logging.tensorboard")
             several = ranks.size > 1 or (processes or 1) > 1
             if several and dry_run:
                 raise UserError("--dry-run tries one process out: leave --processes out")
@@ -139,12 +140,6 @@ def _settings(given: str | None, overrides: list[str], run: Run | None) -> Confi
     words = f"{named['model.name'].rpartition('/')[2]}-{named['data.name']}"
     tree = {"name": words if PLAIN_NAME.fullmatch(words) else "run", "training": {"epochs": EPOCHS}}
     return resolve(tree, overrides, "the overrides")
-
-
-def _require_extras(config: Config) -> None:
-    """Before anything is made."""
-    if config.logging.tensorboard and find_spec("tensorboard") is None:
-        raise UserError("logging.tensorboard needs tensorboard: pip install 'bnexp[tensorboard]'")
 
 
 def _print_plan(config: Config, as_json: bool) -> None:

@@ -137,7 +137,7 @@ def load_idx(data_set: IdxDataSet, root: Path | None) -> Arrays:
     folders = search_folders(root)
     remarks = []
     for folder in folders:
-        for place in idx_places(data_set.name, folder):
+        for place in _idx_places(data_set, folder):
             found = _idx_files(place)
             missing = [part for part in IDX_PARTS if part not in found]
             if not missing:
@@ -159,7 +159,7 @@ def load_idx(data_set: IdxDataSet, root: Path | None) -> Arrays:
 def idx_files_here(data_set: IdxDataSet, folders: list[Path]) -> dict[str, Path] | None:
     """The four files that `load_idx` reads in `folders`, by their names; None where it would
     download them."""
-    for place in [place for folder in folders for place in idx_places(data_set.name, folder)]:
+    for place in [place for folder in folders for place in _idx_places(data_set, folder)]:
         found = _idx_files(place)
         if found.keys() == IDX_PARTS.keys():
             try:
@@ -171,28 +171,13 @@ def idx_files_here(data_set: IdxDataSet, folders: list[Path]) -> dict[str, Path]
     return None
 
 
-def idx_places(name: str, folder: Path) -> Iterator[Path]:
-    """Where in `folder` the IDX files of a data set may be, the likeliest first."""
-    for named in (IDX[name].torchvision_name, name, name.replace("-", "_")):
+def _idx_places(data_set: IdxDataSet, folder: Path) -> Iterator[Path]:
+    for named in (data_set.torchvision_name, data_set.name, data_set.name.replace("-", "_")):
         yield folder / named / "raw"
         yield folder / named
     if folder != DEBIAN_FOLDER:
         yield folder / "raw"
         yield folder
-
-
-def has_idx_files(name: str, folder: Path) -> bool:
-    """Whether all four are in `folder`, and its labels are not known to be another data set's."""
-    found = _idx_files(folder)
-    if len(found) < len(IDX_PARTS):
-        return False
-    with contextlib.suppress(UserError):  # what is damaged is said when it is read
-        contents = read_bytes(found["test-labels"])
-        try:
-            _check_published(IDX[name], "test-labels", found["test-labels"], contents)
-        except OtherDataSet:
-            return False
-    return True
 
 
 def _idx_name(part: str) -> str:
@@ -368,7 +353,7 @@ def torchvision_files_here(name: str, folders: list[Path]) -> dict[str, Path] | 
     """The files that cifar10, cifar100 or svhn are read from in `folders`, by their names below
     the folder that has them; None where they would be downloaded."""
     parts, archive = (_svhn_parts(), None) if name == "svhn" else _cifar(name)[1:]
-    for place in _torchvision_places(name, folders):
+    for place in torchvision_places(name, folders):
         found = {part: place / part for part in parts if (place / part).is_file()}
         if len(found) == len(parts):
             return found
@@ -377,13 +362,8 @@ def torchvision_files_here(name: str, folders: list[Path]) -> dict[str, Path] | 
     return None
 
 
-def _torchvision_places(name: str, folders: list[Path]) -> list[Path]:
+def torchvision_places(name: str, folders: list[Path]) -> list[Path]:
     return [p for f in folders for p in (f, f / name, f / name.upper(), f.parent)]
-
-
-def torchvision_places(name: str, folder: Path) -> tuple[Path, ...]:
-    """Where around `folder` the files of such a data set may be, the likeliest first."""
-    return folder, folder / name, folder / name.upper(), folder.parent
 
 
 def _load_torchvision(
@@ -402,7 +382,7 @@ def _load_torchvision(
 
     folders = search_folders(root)
     remarks = []
-    for place in _torchvision_places(name, folders):
+    for place in torchvision_places(name, folders):
         missing = [part for part in parts if not (place / part).is_file()]
         packed = archive is not None and (place / archive[0]).is_file()
         if missing and not packed:

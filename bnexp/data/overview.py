@@ -54,16 +54,15 @@ DATA_SETS = (
 
 def place_of(data_set: DataSet, root: Path | None) -> Path | None:
     """The first folder with all of its files, looked for where `load_data` looks; None where there
-    is none. Whether the files are whole is not looked at. `digits` is in the package."""
+    is none. Whether the files are whole is not looked at, but for the labels of an IDX data set:
+    UserError where these are damaged. `digits` is in the package."""
     if data_set is DIGITS:
         return Path(files.__file__).parent
-    for folder in files.search_folders(root):
-        if not data_set.files:
-            for place in files.idx_places(data_set.name, folder):
-                if files.has_idx_files(data_set.name, place):
-                    return place
-            continue
-        for place in files.torchvision_places(data_set.name, folder):
-            if any(all((place / name).is_file() for name in names) for names in data_set.files):
-                return place
+    folders = files.search_folders(root)
+    if data_set.name in files.IDX:
+        found = files.idx_files_here(files.IDX[data_set.name], folders)
+        return None if found is None else next(iter(found.values())).parent
+    for place in files.torchvision_places(data_set.name, folders):
+        if any(all((place / name).is_file() for name in names) for names in data_set.files):
+            return place
     return None

@@ -12,7 +12,6 @@ from bnexp.data import files
 from bnexp.errors import UserError
 
 MAX_BYTES = 4 * 2**30
-_IDX = {"mnist": files.MNIST, "fashion-mnist": files.FASHION_MNIST, "kmnist": files.KMNIST}
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def _found(name: str, root: Path | None) -> dict[str, Path] | None:
     if name == "image-folder":
         return dict(_below(root)) if root is not None and root.is_dir() else None
     folders = files.search_folders(root)
-    if name in _IDX:
-        return files.idx_files_here(_IDX[name], folders)
+    if name in files.IDX:
+        return files.idx_files_here(files.IDX[name], folders)
     return files.torchvision_files_here(name, folders)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bnexp.analysis.findings import BY_THE_WAY, Halves
-from bnexp.analysis.sample_curve import CurvePoint
+from bnexp.analysis.sample_curve import CurvePoint, Part
 from bnexp.analysis.scores import gain
 from bnexp.evaluation.scoring import Scores, Task, scores_under
 from bnexp.evaluation.subsets import Batches, evenly
@@ -22,6 +22,7 @@ class Enough:
 
     population: its first `batches` batches are looked at, at least two.
     recompute: gives the statistics of some batches.
+    close: what difference of scores doesn't matter.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Enough:
     recompute: Callable[[Iterable], Statistics]
     test: Batches
     task: Task
+    close: float
 
     def halves(self, samples: int, numbers: Sequence[int]) -> Halves:
         """Two disjoint parts of about so many samples each, evenly spread over the population,
@@ -39,7 +41,7 @@ class Enough:
         if 2 * each < self.batches - 1:
             both = evenly(2 * each, self.batches)
             found = self._compared(both[::2], both[1::2], numbers)
-            if found.gain.p >= BY_THE_WAY:
+            if not found.gain.matters(BY_THE_WAY):
                 return found
         return self._compared(*self._whole_halves, numbers)
 
@@ -49,7 +51,9 @@ class Enough:
         Recomputing takes one and a half times what the whole did at most."""
         one, other = self._whole_halves
         strides = [2**k for k in range((len(one) - 1).bit_length() + 1)]
-        parts = {tuple(one[::stride]): "nested" for stride in reversed(strides)}
+        parts: dict[tuple[int, ...], Part] = {
+            tuple(one[::stride]): "nested" for stride in reversed(strides)
+        }
         parts[tuple(other)] = "other half"
         statistics = {part: self.recompute(self.population.only(part)) for part in parts}
         scores = self._scores(statistics, numbers)
@@ -74,12 +78,12 @@ class Enough:
         settings = {part: s.applied_to for part, s in statistics.items()}
         return scores_under(self.model, self.test.only(numbers), settings, self.task)
 
-    def _point(self, samples: int, part: str, found: Scores, whole: Scores) -> CurvePoint:
+    def _point(self, samples: int, part: Part, found: Scores, whole: Scores) -> CurvePoint:
         return CurvePoint(
             samples,
             part,
             found.mean,
-            gain(whole.values, found.values),
+            gain(whole.values, found.values, self.close),
             found.changed(whole),
             len(found),
         )
@@ -96,7 +100,7 @@ class Enough:
         return Halves(
             samples=min(self._samples(one), self._samples(other)),
             scores=(first_scores.mean, second_scores.mean),
-            gain=gain(first_scores.values, second_scores.values),
+            gain=gain(first_scores.values, second_scores.values, self.close),
             changed=first_scores.changed(second_scores),
             test_samples=len(first_scores),
             worst_layer=worst.name,

@@ -215,6 +215,8 @@ def write_mended(checkpoint: Checkpoint, found: Match, statistics: Statistics, o
             theirs, like = _name_in_file(found, layer, buffer)
             check_range(f"{buffer} of BN layer {layer!r}", values, state[like].dtype)
             new = values.detach().cpu().to(state[like].dtype)
+            if not bool(torch.isfinite(new).all()):
+                raise UserError(f"not mended: {theirs} would not be finite")
             old = state.get(theirs)
             also = [n for n in state if old is not None and _same_memory(state[n], old)]
             tied = found.tied.get(f"{layer}.{buffer}" if layer else buffer, ())

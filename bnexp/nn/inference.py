@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -21,12 +22,13 @@ from bnexp.torch_internals import version as version_of
 
 
 @contextlib.contextmanager
-def inference(model: nn.Module) -> Iterator[ModelState]:
+def inference(model: nn.Module, parameters: bool = False) -> Iterator[ModelState]:
     """Inference mode for all modules of `model`, without gradients.
 
     Gives what the modules hold then. On exit, also after an exception, that, the training flags
     and the states of the random generators are as before. Training flags are set directly: a
-    module whose `train()` does more than that doesn't see it called.
+    module whose `train()` does more than that doesn't see it called. `parameters` as in
+    `ModelState`: for passes that are cut short, and can't put back what they have set.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_states_kept(model))
@@ -38,7 +40,7 @@ def inference(model: nn.Module) -> Iterator[ModelState]:
         training = {module: module.training for module in model.modules()}
         stack.callback(_set_training, training)
         _set_training(dict.fromkeys(training, False))
-        given = ModelState(model)
+        given = ModelState(model, parameters)
         stack.callback(given.restore)
         stack.enter_context(torch.no_grad())
         yield given
@@ -75,14 +77,22 @@ def readers_of_random_states(model: nn.Module) -> list[Callable[[], object]]:
     """For each of these generators a function that gives its state, to be compared."""
 
     def read_numpy() -> object:
-        kind, keys, *rest = np.random.get_state()
+        state: Any = np.random.get_state()
+        kind, keys, *rest = state
         return kind, keys.tobytes(), *rest
 
-    readers = [lambda: torch.get_rng_state().numpy().tobytes(), random.getstate, read_numpy]
+    def read_torch(state: Callable[[], Tensor]) -> object:
+        return state().numpy().tobytes()
+
+    readers: list[Callable[[], object]] = [
+        functools.partial(read_torch, torch.get_rng_state),
+        random.getstate,
+        read_numpy,
+    ]
     for device in {t.device for t in (*model.parameters(), *model.buffers())}:
         if device.type in ("cuda", "xpu"):
             read = functools.partial(getattr(torch, device.type).get_rng_state, device)
-            readers.append(lambda read=read: read().numpy().tobytes())
+            readers.append(functools.partial(read_torch, read))
     return readers
 
 
@@ -94,22 +104,28 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 class ModelState:
     """What the modules of a model hold: their attributes, and what is in dicts, lists and sets
-    among these (parameters, buffers, submodules, hooks); of buffers the values, too.
+    among these (parameters, buffers, submodules, hooks); of buffers the values, too, and with
+    `parameters` of these. And the attributes of their classes, and torch's functions.
 
-    Not the values of parameters, and not what other objects hold. Of BN layers, whose statistics
-    belong to whoever exchanges them, only what all modules have, without buffers.
+    Not what other objects hold. Of BN layers, whose statistics belong to whoever exchanges them,
+    only what all modules have, without buffers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parameters: bool = False) -> None:
         self._held: list[_Held] = []
         # Most are empty (hooks), and are dealt with together.
         self._empty: list[Any] = []
         self._names_of_empty: list[str] = []
         self._seen: set[int] = set()
-        self._tensors: list[tuple[str, Tensor, int, Tensor | None]] = []
+        self._tensors: list[_HeldTensor] = []
         for name, hooks in vars(torch_module).items():
             if name.startswith("_global_"):
                 self._hold(hooks, f"{name!r} of torch.nn")
+        self._held.append(_Held(vars(F), "of torch.nn.functional"))
+        classes = {base for module in model.modules() for base in type(module).__mro__}
+        for base in classes:
+            if base is not object and not base.__module__.startswith("torch."):
+                self._held.append(_Held(vars(base), f"of class {base.__name__}", owner=base))
         for name, module in model.named_modules():
             of = f"{type(module).__name__} {name!r}" if name else "the model"
             attributes = vars(module)
@@ -120,7 +136,7 @@ class ModelState:
             for key in attributes if keys is None else keys:
                 self._hold(attributes[key], f"in {key!r} of {of}")
             for key, tensor in module._parameters.items():
-                self._watch(tensor, f"values of {key!r} of {of}", copy=False)
+                self._watch(tensor, f"values of {key!r} of {of}", copy=parameters)
             for key, tensor in module._buffers.items() if keys is None else ():
                 self._watch(tensor, f"values of {key!r} of {of}", copy=True)
 
@@ -139,8 +155,7 @@ class ModelState:
 
     def _watch(self, tensor: Tensor | None, where: str, copy: bool) -> None:
         if tensor is not None and not tensor.is_inference():
-            value = tensor.clone() if copy else None
-            self._tensors.append((where, tensor, version_of(tensor), value))
+            self._tensors.append(_HeldTensor(tensor, where, copy))
 
     def change(self) -> str | None:
         """The first difference found from the time this was made; None where there is none."""
@@ -149,28 +164,64 @@ class ModelState:
         for held in self._held:
             if (key := held.difference()) is not None:
                 return f"{key} {held.where}"
-        for where, tensor, version, _ in self._tensors:
-            if version_of(tensor) != version:
-                return where
-        return None
+        return next((held.where for held in self._tensors if held.is_changed()), None)
 
-    def restore(self) -> None:
+    def restore(self, unseen: bool = True) -> None:
+        """Put back what differs. Without `unseen`, not what was written past the tensors' versions
+        (through `.data`): each value would have to be looked at."""
         for held in self._held:
             held.restore()
         for container in self._empty:
             container.clear()
-        for _, tensor, version, value in self._tensors:
-            if value is not None and version_of(tensor) != version:
-                tensor.copy_(value)
+        for tensor in self._tensors:
+            if unseen or tensor.is_changed():
+                tensor.restore()
+
+
+class _HeldTensor:
+    """A tensor and what its values were, if they are kept; `.data` may be exchanged or written,
+    which its version doesn't tell."""
+
+    __slots__ = ("_data", "_memory", "_tensor", "_value", "_version", "where")
+
+    def __init__(self, tensor: Tensor, where: str, copy: bool) -> None:
+        self.where = where
+        self._tensor, self._version, self._memory = tensor, version_of(tensor), _memory_of(tensor)
+        self._value = tensor.detach().clone() if copy else None
+        self._data = tensor.data
+
+    def is_changed(self) -> bool:
+        tensor = self._tensor
+        return version_of(tensor) != self._version or _memory_of(tensor) != self._memory
+
+    def restore(self) -> None:
+        if self._value is None or self._data is None:
+            return
+        if _memory_of(self._tensor) != self._memory:
+            self._tensor.data = self._data
+        unseen = self._memory and not torch.equal(self._tensor, self._value)
+        if unseen or version_of(self._tensor) != self._version:
+            with torch.no_grad():
+                self._tensor.copy_(self._value)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """Where a tensor's values are; 0 where it has none, or is of a kind that may not tell."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.data_ptr() if plain else 0
 
 
 class _Held:
-    """A dict, list or set and what was in it; of a dict, only `keys` where they are given."""
+    """A dict, list or set and what was in it; of a dict, only `keys` where they are given. Of a
+    class, its `owner`, the dict can be read only."""
 
-    __slots__ = ("_now", "_then", "_whole", "where")
+    __slots__ = ("_now", "_owner", "_then", "_whole", "where")
 
-    def __init__(self, container: Any, where: str, keys: list | None = None) -> None:
+    def __init__(
+        self, container: Any, where: str, keys: list | None = None, owner: type | None = None
+    ) -> None:
         self.where = where
+        self._owner = owner
         self._now = container
         self._then = container.copy() if keys is None else {key: container[key] for key in keys}
         self._whole = keys is None
@@ -204,6 +255,13 @@ class _Held:
             return
         if isinstance(self._then, list):
             self._now[:] = self._then
+            return
+        if self._owner is not None:
+            for key in [key for key in self._now if key not in self._then]:
+                delattr(self._owner, key)
+            for key, value in self._then.items():
+                if self._now.get(key) is not value:
+                    setattr(self._owner, key, value)
             return
         if self._whole:
             self._now.clear()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from bnexp.errors import UserError
 from bnexp.nn.find import all_batchnorms
-from bnexp.torch_internals import original_module
+from bnexp.torch_internals import BatchNormBase, original_module
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -70,6 +71,8 @@ class UnseenStatistics(TorchFunctionMode):
     def _note_call(self, module: nn.Module, args: Any) -> None:
         if (name := self._names.get(id(module))) is not None:
             self._calls.append((name, bool(self._read or self.own)))
+        elif isinstance(module, BatchNormBase) and module.training:
+            self._refuse_strangers(args, module.running_mean, module.running_var, training=True)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -81,7 +84,22 @@ class UnseenStatistics(TorchFunctionMode):
                 owner = self._others.get(id(tensor))
                 if owner is not None and owner not in self.own:
                     self.own.append(owner)
+        if func is F.batch_norm:
+            self._refuse_strangers(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _refuse_strangers(
+        self, input, running_mean, running_var, weight=None, bias=None, training=False, *_, **__
+    ) -> None:
+        """Who holds them puts them back; what is no part of the model nobody holds."""
+        if not training or running_mean is None:
+            return
+        if not {id(running_mean), id(running_var)} & {*self._buffers, *self._others}:
+            raise UserError(
+                "a BN layer that is no part of the model (in a plain list or dict? use "
+                "nn.ModuleList or nn.ModuleDict) is called in training mode, which changes its "
+                "running averages: make it a part, or put it in inference mode, `.eval()`"
+            )
 
     def warning(self) -> str | None:
         """One line that says what follows for which layers; None where nothing was found."""

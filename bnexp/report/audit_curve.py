@@ -58,7 +58,7 @@ def curve_picture(points: Sequence[CurvePoint], percent: bool) -> Markup:
             drawn.append(text(x(point.samples), HEIGHT - BOTTOM + 16, label))
             free = x(point.samples) - 4 * len(label)
     drawn.append(text((LEFT + WIDTH) / 2, HEIGHT - 3, "samples recomputed from"))
-    half = max(p.samples for p in parts if p.part == "nested")
+    half = max((p.samples for p in parts if p.part == "nested"), default=0)
     for p in parts:
         centre = x(p.samples)
         if p.part == "other half":

@@ -97,7 +97,7 @@ def _content(comparison: Comparison, findings: Mapping[str, Any]) -> dict[str, A
     attribution, halves = findings["attribution"], findings["halves"]
     if halves is not None:
         halves = Halves(**{**halves, "gain": Gain(**halves["gain"])})
-    curve = [CurvePoint.from_dict(point) for point in findings.get("curve", ())]
+    curve = [CurvePoint.from_dict(point) for point in findings["curve"]]
     return {
         "summary": findings["summary"],
         "mood": "orange" if any(not f["harmless"] for f in findings["findings"]) else "green",

@@ -48,13 +48,10 @@ def as_text(
     if attribution is not None:
         parts += _attribution(comparison, attribution, form)
     if halves is not None:
-        parts.append(
-            form.paragraph(
-                "How many samples? " + in_two_parts(comparison, halves, population_samples)
-            )
-        )
+        text = in_two_parts(comparison, halves, population_samples)
+        parts.append(form.paragraph(f"How many samples? {text}"))
     if curve:
-        parts += _curve(comparison, curve, form)
+        parts += [form.paragraph(enough(curve)), form.table(*_curve(comparison, curve))]
     return "\n\n".join(parts)
 
 
@@ -139,12 +136,14 @@ def in_two_parts(comparison: Comparison, halves: Halves, population_samples: int
         f"of which fare otherwise; furthest apart is {halves.worst_layer}, by "
         f"{halves.worst_distance:.3f} standard deviations."
     )
-    if parts == "halves" or halves.gain.p < BY_THE_WAY:
+    if parts == "halves" or halves.gain.matters(BY_THE_WAY):
         return text
     return f"{text} All {population_samples:,} samples leave less to chance than such a part."
 
 
-def _curve(comparison: Comparison, curve: Sequence[CurvePoint], form: Form) -> list[str]:
+def _curve(
+    comparison: Comparison, curve: Sequence[CurvePoint]
+) -> tuple[list[str], list[list[str]]]:
     scale, spec = (100, ".2f") if comparison.score == "accuracy" else (1, ".4g")
     rows = [
         [
@@ -165,8 +164,7 @@ def _curve(comparison: Comparison, curve: Sequence[CurvePoint], form: Form) -> l
     ]
     score = "accuracy %" if comparison.score == "accuracy" else comparison.score
     head = ["samples", score, "less all", "95 % interval", "changed"]
-    filled = [[*row, *[""] * (len(head) - len(row))] for row in rows]
-    return [form.paragraph(enough(curve)), form.table(head, filled)]
+    return head, [[*row, *[""] * (len(head) - len(row))] for row in rows]
 
 
 def _signed(value: float) -> str:

@@ -246,14 +246,17 @@ def test_accuracy(run: RunData) -> Plot | None:
 
 def estimators(run: RunData) -> Plot | None:
     """Test accuracy by step under every online estimator, held against recomputed statistics."""
-    further = [c for c in run.trained if c.statistics not in (*MAIN, "none")]
+    elsewhere = (*MAIN, "none", *run.config["statistics"].get("adapted", {}))
+    further = [c for c in run.trained if c.statistics not in elsewhere]
     online = [run.baseline, *(c for c in further if c != run.baseline)]
     if len(online) < 2:
         return None
     recomputed = run.recomputed
     against = recomputed if recomputed and len(run.curve("test", recomputed)[0]) > 1 else None
+    norm = run.config["model"].get("norm", "batch")
+    reads = "of the first of them alone" if norm not in ("batch", "none") else "of none of them"
     caption = (
-        "All estimators watched the same training run, which does not depend on them. A short "
+        f"All estimators watched the same training run, which took notice {reads}. A short "
         "memory follows quickly and is noisy; a long one is smooth and late. The best is the one "
         "that stays closest to recomputed statistics. "
     )

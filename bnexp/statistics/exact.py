@@ -40,8 +40,6 @@ from bnexp.statistics.probe import MemoryEstimate, Probe
 from bnexp.statistics.spill import OffloadMode, OffloadStore, free_memory
 
 _log = logging.getLogger("bnexp.statistics")
-# Which batches are run again, by how many there are; the second of more.
-_CHECKED: dict[int, tuple[int, ...]] = {1: (), 2: (0, 1), 3: (0, 1)}
 
 
 class _PassFailed(Exception):
@@ -265,8 +263,8 @@ class _Sweep:
     alone, where they must see what they saw among the others. Where any pass doesn't, they don't:
     of what is set and put back the first sees the right thing, of what is handed on the last, and
     of a stack the one in the middle; scouts are the second and third of four at least, and two,
-    since something may be shared by passes of one size only. Without scouts the second batch is
-    run again, and of up to three the first, too.
+    since something may be shared by passes of one size only, or of one kind: they are of two
+    batches. Without scouts the first and the second batch are run again.
     """
 
     def __init__(
@@ -313,7 +311,7 @@ class _Sweep:
                     "among others"
                 ) from error
             raise error.__cause__ or error from None
-        checked = _CHECKED.get(self.started, (1,)) if self._lost else (None,)
+        checked = (None,) if not self._lost else (0, 1) if self.started > 1 else ()
         for each in self._passes:
             if each.number in checked:
                 self._check(each.kept, each.seen)
@@ -404,7 +402,7 @@ class _Sweep:
         for each, call in arrived:
             if each.number is None and (call is None or call.name != whole.name):
                 self._lost = True
-            elif each.kept is not None:
+            elif call is not None and each.kept is not None:
                 each.seen.append(call.moments)
         return STOP if whole.name == self._task.stop_after else whole.normalizer
 

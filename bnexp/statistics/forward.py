@@ -144,7 +144,7 @@ class Runner:
 
     def undo(self, state: ModelState | None = None) -> None:
         """Put back what a pass has set that was cut short."""
-        (state or self._given).restore()
+        (state or self._given).restore(unseen=False)
         self._settings.restore()
 
     def _run(self, batch: Any) -> None:

@@ -194,7 +194,7 @@ def prepared_task(
         )
     device = torch.device(device) if device is not None else device_of(model)
     bound = memory_bound(memory, device)
-    with eagerly(), inference(model) as given:
+    with eagerly(), inference(model, parameters=True) as given:
         settings = PassSettings()
         run = Runner(model, device, forward, given, settings)
         try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.atomic import write_atomically
-from bnexp.errors import UserError
+from bnexp.errors import NotFinite, UserError
 from bnexp.nn.find import batchnorm_layers, flush
 from bnexp.tensor_files import load_tensors
 from bnexp.torch_internals import BatchNormBase
@@ -243,7 +243,7 @@ def check_range(what: str, value: Tensor, dtype: torch.dtype) -> None:
     beyond = value[value.isfinite() & ~value.to(dtype).isfinite()]
     if beyond.numel():
         kind = str(dtype).removeprefix("torch.")
-        raise UserError(
+        raise NotFinite(
             f"the {what} is {beyond.abs().max().item():.4g}, beyond {largest:g}, the largest "
             f"number of its {kind} buffer: keep BN layers in float32 (layer.float(); inputs may "
             "be of less)"

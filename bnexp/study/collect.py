@@ -57,7 +57,7 @@ def _rows(experiment: Experiment, axes: Sequence[str]) -> list[list[str]]:
     head += [str(point.seed), state["state"], str(state["step"])]
     if state["state"] != "finished" or run is None:
         return [[*head, "", "", "", "", "", ""]]
-    samples = str((run.comparison() or {}).get("samples", ""))
+    samples = str(experiment.comparison["samples"])
     ema = _last_ema(run)
     rows = []
     for condition, row in experiment.results.items():

@@ -158,14 +158,19 @@ class Experiment:
         return self.run
 
     @cached_property
-    def results(self) -> dict[Condition, dict[str, Any]]:
-        """The rows of comparison.json by what the experiment calls their conditions."""
+    def comparison(self) -> dict[str, Any]:
+        """The content of comparison.json."""
         run = self._finished()
         comparison = run.comparison()
         if comparison is None:
             raise UserError(f"{run.path} has finished without a comparison.json")
+        return comparison
+
+    @cached_property
+    def results(self) -> dict[Condition, dict[str, Any]]:
+        """The rows of comparison.json by what the experiment calls their conditions."""
         found = {}
-        for row in comparison["kinds"]:
+        for row in self.comparison["kinds"]:
             condition = self.reading.of_record(Condition.parse(str(row.get("name"))))
             if condition is not None:
                 found[condition] = row

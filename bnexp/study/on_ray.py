@@ -261,11 +261,16 @@ def _train(
         sender = threading.Thread(
             target=_send_checkpoints, args=(job.key, folder, mailbox, ended), daemon=True
         )
-        sender.start()
+        # Ray's own handler would end the worker; and SIGINT is blocked in it.
+        former = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            sender.start()
             found = run_job(dataclasses.replace(job, config=config.to_yaml(), folder=folder))
+        except KeyboardInterrupt:
+            found = Ended("interrupted")
         finally:
             ended.set()
+            signal.signal(signal.SIGTERM, former)
             sender.join(ANSWER_SECONDS)
         if not is_run(folder):
             return found, None
@@ -283,7 +288,7 @@ def _send_checkpoints(key: str, folder: Path, mailbox: Any, ended: Any) -> None:
     while not ended.wait(0.5):
         try:
             if ray.get(mailbox.stopping.remote(), timeout=ANSWER_SECONDS) and not ended.is_set():
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)
                 return
             there = {path.name for path in (folder / "checkpoints").glob("step-*.pt")}
             if there - sent:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from bnexp.config.yaml_text import parse_yaml
 from bnexp.errors import Interrupted, UserError
+from bnexp.importing import require_extra
 from bnexp.records.making import place, staged
 from bnexp.records.study import StudyRecord, all_studies, create_study
 from bnexp.study.claims import Claim, Judged, claims_of
@@ -85,8 +86,10 @@ class Plan:
 
 
 def plan_study(study: Study, fold: bool = True) -> Plan:
-    """UserError where a config or a claim is wrong."""
+    """UserError where a config or a claim is wrong, or a package is missing."""
     points = points_of(study)
+    if any(point.config.logging.tensorboard for point in points):
+        require_extra("tensorboard", "logging.tensorboard")
     return Plan(study, points, trainings_of(points, fold), claims_of(study, points))
 
 

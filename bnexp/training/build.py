@@ -15,6 +15,7 @@ from bnexp.config.schema import DataConfig
 from bnexp.data import Augmentation, Data, DataSettings, load_data
 from bnexp.data.corruption import Corruption
 from bnexp.errors import UserError
+from bnexp.importing import require_extra
 from bnexp.networks import build_model
 from bnexp.networks.given import GivenWeights, load_given
 from bnexp.nn import freeze_batchnorm, set_normalization_batch
@@ -87,12 +88,20 @@ def build_training(
     Seeds torch's global generator, from which the initial weights and dropout draw. UserError
     where the data, the network or its weights are not what the config needs.
     """
+    if config.logging.tensorboard:
+        require_extra("tensorboard", "logging.tensorboard")
     training = config.training
     data = data or load_data(data_settings(config.data), seed=config.seed, device=device)
     if training.early_stopping and data.val is None:
         raise UserError("training.early_stopping needs validation images: set data.val_fraction")
     if "batch" in config.test.statistics and len(data.test) < 2:
         raise UserError("test.statistics has batch, and there is one test image only")
+    for name, adapted in config.statistics.adapted.items():
+        if (adapted.samples or 0) > len(data.test):
+            raise UserError(
+                f"statistics.adapted.{name}.samples is {adapted.samples:,}, and there are "
+                f"{len(data.test):,} test images; null takes all"
+            )
     model = build_network(config, data, device)
     given = None
     if begin and config.model.weights is not None:

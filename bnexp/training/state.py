@@ -93,6 +93,7 @@ class TrainingState:
         self.plateau.load_state_dict(state["plateau"])
         self.best.load_state_dict(state["best"])
         self.optimizer.load_state_dict(state["optimizer"])
+        _lay_out(self.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.stopped = state["step"], state["stopped"]
         self.saved_step = self.step
@@ -170,6 +171,15 @@ def _require_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
                 require_like(value.new_zeros(()), value, where)
             elif value is not None:
                 raise UserError(f"{where} is {shown(value)}")
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer's tensors the strides of their parameters: fused steps go through memory
+    and take them for granted, and those of a checkpoint may be another format's."""
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

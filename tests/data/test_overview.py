@@ -105,10 +105,13 @@ def test_the_command(bnexp):
     idx_set(bnexp.cwd / "data" / "MNIST" / "raw")
     done = bnexp("data")
     assert done.code == 0
-    assert "in the package" in done.stdout and "image-folder" in done.stdout
+    assert "in the package" in done.stdout and "data/MNIST/raw" in done.stdout
+    (bnexp.cwd / "data" / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"none")
+    damaged = bnexp("data")
+    assert damaged.code == 0 and "t10k-labels-idx1-ubyte.gz is corrupt" in damaged.stdout
     rows = {row["name"]: row for row in json.loads(bnexp("data", "--json").stdout)}
-    assert rows["mnist"]["here"] and rows["mnist"]["path"].endswith("MNIST/raw")
+    assert not rows["mnist"]["here"] and "corrupt" in rows["mnist"]["damaged"]
     assert rows["svhn"] == {
         "name": "svhn", "training_images": 73_257, "test_images": 26_032, "shape": [32, 32, 3],
-        "classes": 10, "here": False, "path": None, "download_megabytes": 246,
+        "classes": 10, "here": False, "path": None, "damaged": None, "download_megabytes": 246,
     }  # fmt: skip

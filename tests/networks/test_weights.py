@@ -163,10 +163,14 @@ def test_statistics_that_the_dtype_of_the_file_cannot_hold_are_not_written(net, 
     path, out = tmp_path / "x.pt", tmp_path / "out.pt"
     torch.save(net.half().state_dict(), path)
     checkpoint, statistics = read_checkpoint(path), running_statistics(net)
-    huge = Statistics(statistics.mean, {n: v + 1e6 for n, v in statistics.var.items()},
-                      statistics.count)  # fmt: skip
-    with pytest.raises(UserError, match=r"bn.running_var is beyond .* torch.float16 can hold"):
-        write_mended(checkpoint, match(checkpoint, Net()), huge, out)
+    for huge, message in (
+        (1e6, r"running_var of BN layer 'bn' is 1e\+06, beyond 65504"),
+        (float("inf"), "bn.running_var would not be finite"),
+    ):
+        var = {n: v.double() * 0 + huge for n, v in statistics.var.items()}
+        wrong = Statistics(statistics.mean, var, statistics.count)
+        with pytest.raises(UserError, match=message):
+            write_mended(checkpoint, match(checkpoint, Net()), wrong, out)
     assert not out.exists()
 
 

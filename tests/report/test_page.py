@@ -14,6 +14,8 @@ from example import CLASSES, make_run
 
 from bnexp.errors import UserError
 from bnexp.records import Run
+from bnexp.records.audit import write_audit
+from bnexp.report.audit_page import render_record
 from bnexp.report.page import render, write_report
 from bnexp.report.run_data import RunData
 from bnexp.report.several import config_differences, seed_groups
@@ -224,6 +226,53 @@ def test_a_damaged_file_is_one_line_that_names_it(folder, tmp_path, name, conten
         RunData.read(run)
     assert name in str(error.value) or str(run.path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+FINDINGS = {
+    "summary": "1 finding to look into: lagging",
+    "findings": [
+        {"code": "lagging", "layers": ["bn"], "evidence": "", "effect": "", "remedy": ""}
+    ],
+    "population_samples": 100,
+    "attribution": {
+        "difference": 0.1, "explained": 0.1, "samples": 9, "layers": {"bn": 0.1},
+        "channels": {"bn": [0.1, -0.2]},
+    },
+    "halves": None,
+    "seconds": {"recomputed": 1.0},
+}  # fmt: skip
+
+
+def test_findings_that_hold_something_else_are_named(folder, tmp_path):
+    if not (folder / "whole-1").exists():
+        make_run(folder, "whole-1", steps=20, evaluations=2)
+    comparison = json.loads((folder / "whole-1" / "comparison.json").read_text())
+    record = write_audit(tmp_path / "a", comparison=comparison, findings=FINDINGS, statistics={})
+    page = render_record(record)
+    assert "lagging" in page
+    for path, value in [
+        (["summary"], 3), (["findings"], {}), (["findings", 0], None), (["halves"], {"samples": 1}),
+        (["findings", 0, "layers"], "bn"), (["population_samples"], "many"),
+        (["attribution", "channels", "bn"], []), (["attribution", "layers", "bn"], "0.1"),
+        (["attribution", "samples"], [1]), (["seconds"], None), (["findings", 0, "code"], ["a"]),
+    ]:  # fmt: skip
+        findings = json.loads(json.dumps(FINDINGS))
+        place = findings
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        (tmp_path / "a" / "findings.json").write_text(json.dumps(findings))
+        with pytest.raises(UserError, match=r"findings.json is damaged: \S"):
+            render_record(record)
+    (tmp_path / "a" / "findings.json").write_text(
+        json.dumps({**FINDINGS, "summary": "<script>\ud800\x1b"})
+    )
+    with pytest.raises(UserError, match=r"findings.json is damaged"):
+        render_record(record)
+    (tmp_path / "a" / "findings.json").write_text(
+        json.dumps({**FINDINGS, "summary": "<script>\x1b"})
+    )
+    assert "&lt;script&gt;\\x1b" in render_record(record)
 
 
 @pytest.mark.slow

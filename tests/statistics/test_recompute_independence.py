@@ -363,6 +363,41 @@ class WeightsInPlaceUnseen(Net):
             self.second[0].weight.data.div_(2)
 
 
+class WeightsInPlaceWithoutBlock(Net):
+    def around(self, x):
+        self.second[0].weight.data.mul_(2)
+        x = self.second(x)
+        self.second[0].weight.data.div_(2)
+        return x
+
+
+class OtherDataForAWhile(Net):
+    def around(self, x):
+        weight = self.second[0].weight
+        before, weight.data = weight.data, 2 * weight.data
+        x = self.second(x)
+        weight.data = before
+        return x
+
+
+class FunctionForAWhile(Net):
+    def around(self, x):
+        before, F.relu = F.relu, F.silu
+        x = self.second(x)
+        F.relu = before
+        return x + F.relu(x)
+
+
+class HandedOnByTheClass(Net):
+    kept = None
+
+    def forward(self, x):
+        type(self).kept = x.repeat(1, 2, 1, 1)
+        x = self.last(self.around(torch.relu(self.first(x))) + type(self).kept)
+        type(self).kept = None
+        return x
+
+
 class ListOfSkips(Net):
     def __init__(self):
         super().__init__()
@@ -420,6 +455,10 @@ INFLUENCES = [
     OtherModuleForAWhile,
     WeightsInPlace,
     WeightsInPlaceUnseen,
+    WeightsInPlaceWithoutBlock,
+    OtherDataForAWhile,
+    FunctionForAWhile,
+    HandedOnByTheClass,
     ListOfSkips,
     HandedOnElsewhere,
     StackElsewhere,
@@ -485,6 +524,11 @@ def test_what_only_some_batch_sets():
     with pytest.raises(UserError, match=r"'scale' of the model.*: pass a list of batches"):
         recompute_statistics(model, iter(batches))
     assert "scale" not in vars(model)
+    assert_meets(model, found, batches)
+
+
+def assert_meets(model, found, batches):
+    """With the statistics found, batch by batch, the last layer meets those that it has."""
     parts = []
     recorded = model.last.register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0]))
     with torch.no_grad(), found.applied_to(model.eval()):
@@ -494,6 +538,93 @@ def test_what_only_some_batch_sets():
     met = torch.cat(parts).double()
     assert torch.allclose(found.mean["last"], met.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(found.var["last"], met.var((0, 2, 3), correction=0), rtol=1e-5)
+
+
+class FlagElsewhere(Net):
+    """Hands on a truth, which half of the others share."""
+
+    def forward(self, x):
+        Elsewhere.kept = bool(x.mean() > 0)
+        x = torch.relu(self.first(x))
+        return self.last(self.around(x * 2 if Elsewhere.kept else x))
+
+
+@pytest.mark.parametrize("count", [4, 5, 6, 9])
+def test_what_only_some_batches_meet(count):
+    """The second and the last hand on the same."""
+    torch.manual_seed(0)
+    signs = [1, -1, 1, 1, -1, 1, 1, 1]
+    batches = [x + 2 * sign for x, sign in zip(data(count), [*signs[: count - 1], -1], strict=True)]
+    model = FlagElsewhere()
+    with pytest.warns(UserWarning, match="one after the other"):
+        found = recompute_statistics(model, batches)
+    assert_meets(model, found, batches)
+    with pytest.raises(UserError, match="seen at BN layer"):
+        recompute_statistics(model, iter(batches))
+
+
+@pytest.mark.parametrize("kind", ["in place", "exchanged"])
+def test_weights_are_as_before_where_only_some_batch_changes_them(kind):
+    class Some(Net):
+        def around(self, x):
+            weight = self.second[0].weight
+            before, hit = weight.data, len(x) == 7
+            if hit and kind == "in place":
+                weight.mul_(3)
+            elif hit:
+                weight.data = 3 * before
+            x = self.second(x)
+            if hit and kind == "in place":
+                weight.div_(3)
+            elif hit:
+                weight.data = before
+            return x
+
+    torch.manual_seed(0)
+    model, batches = Some(), [torch.randn(n, 2, 6, 6) for n in (5, 5, 5, 7, 5)]
+    before = snapshot(model)
+    with pytest.raises(UserError, match=r"values of 'weight'.*: pass a list of batches"):
+        recompute_statistics(model, iter(batches))
+    assert_same(snapshot(model), before)
+    with pytest.warns(UserWarning, match="values of 'weight' of Conv2d 'second.0'"):
+        recompute_statistics(model, batches)
+    assert_same(snapshot(model), before)
+    recompute_statistics(model, batches[3:4], stop_after="second.1")
+    assert_same(snapshot(model), before)
+
+
+def test_buffers_and_parameters_of_other_kinds():
+    torch.manual_seed(0)
+    model = Net()
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("broken", torch.tensor([float("nan")]))
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0)))
+    model.register_parameter("thin", nn.Parameter(torch.eye(3).to_sparse()))
+    found = recompute_statistics(model, data(4))
+    assert_meets(model, found, data(4))
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled", "batch-mean"])
+def test_layers_that_are_no_part_of_the_model_are_not_changed(method):
+    class Listed(Net):
+        def __init__(self):
+            super().__init__()
+            self.hidden = [nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))]
+
+        def forward(self, x):
+            return super().forward(self.hidden[0](x))
+
+    torch.manual_seed(0)
+    model = Listed()
+    (hidden,) = model.hidden
+    before = snapshot(hidden)
+    with pytest.raises(UserError, match=r"no part of the model .*nn.ModuleList"):
+        recompute_statistics(model, data(), method)
+    assert_same(snapshot(hidden), before)
+    hidden.eval()
+    recompute_statistics(model, data(), method)
+    hidden.train()
+    assert_same(snapshot(hidden), before)
 
 
 def test_iterators_are_held_where_passes_influence_one_another():

@@ -96,20 +96,24 @@ class Interrupts(Silent):
         self.folder, self.asked = folder, False
 
     def show(self, progress) -> None:
-        if progress.running and not self.asked:
+        found = list(self.folder.glob("*/experiments/*/checkpoints/step-*.pt"))
+        if found and not self.asked:
             self.asked = True
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_ctrl_c_brings_the_checkpoints_back(cluster, tmp_path):
     plan = plan_of(LONG.replace("[20, 30]", "[20]").replace("seeds: 2", "seeds: 1"),
-                   "training.steps=100000")  # fmt: skip
+                   "training.steps=100000", "checkpoints.every_steps=500")  # fmt: skip
     with pytest.raises(Interrupted):
         run_study(plan, on_ray, 1, Interrupts(tmp_path), runs=tmp_path)
     record = find_record(plan, tmp_path)
     assert record.state["state"] == "interrupted"
-    for path in record.experiments.iterdir():  # none, where it had not begun to train
-        assert list((path / "checkpoints").glob("step-*.pt"))
+    (folder,) = record.experiments.iterdir()
+    run = record.run(folder.name)
+    assert run is not None and run.state["state"] == "interrupted"
+    (newest, *_) = sorted(path.name for path in run.checkpoints.glob("step-*.pt"))[::-1]
+    assert int(newest[5:-3]) == run.state["step"] > 0
 
 
 def test_data_are_sent_to_a_node_that_lacks_them(cluster, tmp_path, monkeypatch):

@@ -122,3 +122,19 @@ def test_what_no_training_writes_is_refused(saved, path, value, said):
 def test_another_optimizer_is_refused(saved):
     with pytest.raises(UserError):
         made(optimizer={"name": "adamw"}).state.load_state_dict(copy.deepcopy(saved))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_moments_in_another_memory_format_are_the_same_moments(name):
+    """A checkpoint of a run without channels_last; fused steps would take them as they lie."""
+    tree = {**TREE, "model": {"name": "small-cnn"}}
+    tree["training"] = {**TREE["training"], "optimizer": {"name": name, "lr": 0.1}}
+    config = resolve(tree, [], "test")
+    whole, resumed = (build_training(config, torch.device("cpu")) for _ in range(2))
+    stepped(whole)
+    state = copy.deepcopy(whole.state.state_dict())
+    for entries in state["optimizer"]["state"].values():
+        for key, value in entries.items():
+            entries[key] = value.contiguous()
+    resumed.state.load_state_dict(state)
+    assert stepped(whole) == stepped(resumed)

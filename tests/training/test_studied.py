@@ -14,6 +14,7 @@ from bnexp.experiment import run_experiment
 from bnexp.records import Run
 from bnexp.statistics import recompute_statistics, running_statistics
 from bnexp.statistics.blend import blend
+from bnexp.training.build import build_training
 from bnexp.training.subject import run_sources, run_subject
 from bnexp.training.trained import load_trained
 
@@ -97,6 +98,11 @@ def test_adapted_statistics_are_those_of_test_images(tmp_path):
     results = {str(r.condition) for r in outcome.comparison.results}
     assert results == {"running", "recomputed", "all", "few", "pulled"}
     assert Condition("all") not in run_sources(subject, trained.estimates, of, recompute=False)
+
+
+def test_more_test_images_than_there_are():
+    with pytest.raises(UserError, match="samples is 61, and there are 60 test images"):
+        build_training(config(statistics={"adapted": {"few": {"samples": 61}}}), CPU)
 
 
 def test_what_the_config_refuses():
