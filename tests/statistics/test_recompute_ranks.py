@@ -198,8 +198,9 @@ def counted(rank):
 
 
 def test_a_single_batch_is_one_of_the_union():
-    # One pass where it is all there is; else a probe and one in the sweep, and checks of two.
-    assert values(run_ranks(counted, 2)) == [(1, 2), (0, 5)]
+    # One pass where it is all there is; else a probe and one each in the sweep, and two scouts
+    # among several, which then pass again.
+    assert values(run_ranks(counted, 2)) == [(1, 2), (0, 7)]
 
 
 # -- memory ----------------------------------------------------------------------------------
