@@ -444,8 +444,9 @@ def test_rank_0s_buffers_under_ddp_are_off_and_the_union_is_not():
     holds, is rank 0's: it has seen rank 0's classes alone."""
     (own, whole), (others, again) = values(run_ranks(_usual, 2, deadline=120))
     assert _off(whole, again) == 0
-    assert _off(own, whole) > 0.1  # and
-    assert _off(own, others) > 0.05
+    assert _off(own, whole) > 0.1
+    # rank 1's are rank 0's but for its last mini-batch
+    assert 0 < _off(own, others) < _off(own, whole)
 
 
 @pytest.mark.skipif(
