@@ -29,7 +29,7 @@ from bnexp.analysis.findings import (
 from bnexp.analysis.layers import LayerCost, LayerRow
 from bnexp.analysis.results import Paired
 from bnexp.analysis.sample_curve import CurvePoint
-from bnexp.analysis.scores import compare_scores, gain
+from bnexp.analysis.scores import close_scores, compare_scores, gain
 from bnexp.condition import Condition
 from bnexp.errors import UserError
 from bnexp.evaluation.attribution import Attribution, attribute
@@ -374,7 +374,9 @@ class _Judge:
         if prior is not None:
             made["blended"] = f"running averages as {prior:g} of {prior + counted.seen:g} samples"
         comparison = self._compare(scores, RUNNING, made, {})
-        main = _gain_of(comparison, first)
+        every = [s.values for s in scores.values()]
+        close = 0.0 if self.task.score is None else close_scores(every)
+        main = _gain_of(comparison, first, close)
         look = self.test.spread(LOOK_SAMPLES)
         closer = self.test.spread(max(CLOSER_SAMPLES, int(CLOSER_SHARE * self.test.samples)))
         with self._timed("samples"):
@@ -388,6 +390,7 @@ class _Judge:
                     lambda batches: self._recompute(batches, methods[0], False),
                     self.test,
                     self.task,
+                    close,
                 )
                 if curve:
                     halves, points = enough.curve(self._of(scores[first], look), look)
@@ -397,7 +400,7 @@ class _Judge:
                     )
         attribution = None
         names: list[str] = []
-        if main.p < SIGNIFICANT:
+        if main.matters(SIGNIFICANT):
             with self._timed("attribution"):
                 attribution = self._once(
                     lambda: attribute(
@@ -409,7 +412,7 @@ class _Judge:
             base = {c: self._of(scores[c], closer) for c in (RUNNING, first)}
             costs = self._exchanged(running, reference, names, base[RUNNING], base[first], closer)
         with self._timed("eps"):
-            eps = self._other_eps(scores[RUNNING], closer, look)
+            eps = self._other_eps(scores[RUNNING], closer, look, close)
         rows = self._rows(running, recomputed, first, costs)
         comparison = replace(comparison, layers=rows)
         found = Facts(
@@ -417,8 +420,8 @@ class _Judge:
             batch_size=self.population.sizes[0],
             population_samples=counted.seen,
             recomputed=main,
-            batch=_gain_of(comparison, BATCH) if batch else None,
-            batch_over_recomputed=gain(scores[first].values, scores[BATCH].values)
+            batch=_gain_of(comparison, BATCH, close) if batch else None,
+            batch_over_recomputed=gain(scores[first].values, scores[BATCH].values, close)
             if batch
             else None,
             other_eps=eps,
@@ -532,7 +535,7 @@ class _Judge:
         }
 
     def _other_eps(
-        self, running: Scores, few: Sequence[int], more: Sequence[int]
+        self, running: Scores, few: Sequence[int], more: Sequence[int], close: float
     ) -> tuple[float, Gain] | None:
         """Another framework's eps in all layers, and what it gains: on more samples if the few
         speak for it."""
@@ -541,8 +544,8 @@ class _Judge:
             return None
         for numbers in (few, more):
             found = self._scores({"eps": partial(other_eps, eps=EPS[now])}, numbers)["eps"]
-            gained = gain(self._of(running, numbers).values, found.values)
-            if gained.difference <= 0 or gained.p >= WORTH_TRYING:
+            gained = gain(self._of(running, numbers).values, found.values, close)
+            if gained.difference <= 0 or not gained.matters(WORTH_TRYING):
                 break
         return EPS[now], gained
 
@@ -595,10 +598,10 @@ def _of_ranks(averages: Sequence[Statistics]) -> dict[str, list[Values]]:
     }
 
 
-def _gain_of(comparison: Comparison, condition: Condition) -> Gain:
+def _gain_of(comparison: Comparison, condition: Condition, close: float) -> Gain:
     """The difference to the baseline, its p-value corrected as in the comparison."""
     pair: Paired = next(p for r, p in comparison.others if r.condition == condition)
-    return Gain(pair.difference, *pair.difference_interval, pair.p_holm)
+    return Gain(pair.difference, *pair.difference_interval, pair.p_holm, close)
 
 
 def _with_one(most: Statistics, one: Statistics, name: str) -> Statistics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -307,6 +308,7 @@ def test_help_and_import_need_no_torch():
         (["config", "configs/digits.yaml"], ("torch", "numpy")),
         (["config", "--schema"], ("torch", "numpy")),
         (["runs"], ("torch", "matplotlib")),
+        (["data"], ("torch", "matplotlib")),
         (["train", "configs/digits.yaml", "training.stpes=1"], ("torch",)),
         (["eval", "--method", "none"], ("torch",)),
     ],
@@ -321,6 +323,21 @@ def test_what_answers_at_once_imports_nothing_heavy(arguments, unwanted):
         f"assert not {{*{unwanted}}} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.mark.slow
+def test_trainings_and_evaluations_import_no_compiler(tmp_path):
+    code = (
+        "import sys, bnexp.cli\n"
+        "for words in ('train smoke training.steps=3 expect.test_accuracy=0', 'eval --batch'):\n"
+        "    sys.argv[1:] = words.split()\n"
+        "    try: bnexp.cli.main()\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "assert 'torch' in sys.modules\n"
+        "assert not {'torch._dynamo', 'sympy', 'scipy.stats', 'torchvision'} & set(sys.modules)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=env, timeout=200)
 
 
 def test_python_m_bnexp():

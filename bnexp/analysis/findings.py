@@ -36,27 +36,33 @@ FIRST_SHARE = 0.5
 SIGNIFICANT = 0.05
 # What is looked at besides the conditions counts from this p-value on: nobody asked for it.
 BY_THE_WAY = 0.01
-# Batch statistics "much" better than both others: by this share of samples at least.
+# Batch statistics "much" better than both others: by this share of samples at least, or by what
+# doesn't count as close among other scores.
 MUCH = 0.01
 
 
 @dataclass(frozen=True)
 class Gain:
     """How much better one condition scores than another on the same samples: the difference, its
-    95 % interval and the p-value of the paired test."""
+    95 % interval and the p-value of the paired test. A difference below `close` doesn't matter,
+    however certain it is: among real-valued scores the smallest shift of all is certain."""
 
     difference: float
     low: float
     high: float
     p: float
+    close: float = 0.0
+
+    def matters(self, level: float) -> bool:
+        return self.p < level and abs(self.difference) >= self.close
 
     @property
     def better(self) -> bool:
-        return self.p < SIGNIFICANT and self.difference > 0
+        return self.matters(SIGNIFICANT) and self.difference > 0
 
     @property
     def worse(self) -> bool:
-        return self.p < SIGNIFICANT and self.difference < 0
+        return self.matters(SIGNIFICANT) and self.difference < 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -480,6 +486,13 @@ def inputs_differ(facts: Facts) -> Finding | None:
     if not _first_are_off(facts):
         return None
     first, off = distances(facts)[0], _off(facts)
+    domain = (
+        "If they are, this population is another domain than the test images."
+        if facts.recomputed is not None and facts.recomputed.worse
+        else "If this is another domain, recomputed statistics adapt to it (AdaBN), or blend them "
+        "with those of training (prior=...). If the inputs are the same, the averages lag behind "
+        "the first layer's weights."
+    )
     return Finding(
         "inputs-differ",
         _names([d.layer for d in off]),
@@ -487,9 +500,7 @@ def inputs_differ(facts: Facts) -> Finding | None:
         f"In all, {len(off)} of {len(distances(facts))} layers are.",
         _effect(facts, "The averages belong to other inputs than these"),
         "Look at the inputs first: mean and std, the range (0 to 1, or 0 to 255), RGB or BGR, size "
-        "and augmentation must be those of training. If this is another domain, recomputed "
-        "statistics adapt to it (AdaBN), or blend them with those of training (prior=...). If the "
-        "inputs are the same, the averages lag behind the first layer's weights.",
+        f"and augmentation must be those of training. {domain}",
         recomputing_helps=_helps(facts),
     )
 
@@ -559,7 +570,7 @@ def other_eps(facts: Facts) -> Finding | None:
     if facts.other_eps is None:
         return None
     eps, gain = facts.other_eps
-    if not gain.better or gain.p >= BY_THE_WAY:
+    if not (gain.matters(BY_THE_WAY) and gain.difference > 0):
         return None
     return Finding(
         "eps",
@@ -728,7 +739,7 @@ def depends_on_batch(facts: Facts) -> Finding | None:
     batch, over = facts.batch, facts.batch_over_recomputed
     if batch is None or over is None or not (batch.better and over.better):
         return None
-    if min(batch.low, over.low) < MUCH:
+    if min(batch.low, over.low) < (batch.close or MUCH):
         return None
     return Finding(
         "depends-on-batch",
@@ -777,12 +788,12 @@ def used_uncalled(facts: Facts) -> Finding | None:
 
 def halves_differ(facts: Facts) -> Finding | None:
     halves = facts.halves
-    if halves is None or halves.gain.p >= BY_THE_WAY:
+    if halves is None or not halves.gain.matters(BY_THE_WAY):
         return None
     return Finding(
         "too-few-samples",
         (halves.worst_layer,),
-        f"Statistics from two disjoint halves of {halves.samples:,} samples score "
+        f"Statistics from two disjoint parts of {halves.samples:,} samples score "
         f"{_value(halves.scores[0], facts)} and {_value(halves.scores[1], facts)} "
         f"({halves.changed:,} of {halves.test_samples:,} samples fare otherwise); furthest apart "
         f"is {halves.worst_layer}, by {halves.worst_distance:.3f}.",
@@ -837,7 +848,7 @@ def _rms(values: np.ndarray) -> float:
 
 def _helps(facts: Facts) -> bool | None:
     gain = facts.recomputed
-    return None if gain is None or gain.p >= SIGNIFICANT else gain.better
+    return None if gain is None or not gain.matters(SIGNIFICANT) else gain.better
 
 
 def _effect(facts: Facts, what: str) -> str:
@@ -851,8 +862,11 @@ def _effect(facts: Facts, what: str) -> str:
         )
     if gain.worse:
         return f"{what}; recomputed statistics do worse all the same."
+    shown = (
+        "no cost can be shown" if gain.p >= SIGNIFICANT else "no cost worth speaking of is there"
+    )
     return (
-        f"{what}; no cost can be shown on these samples (95 % interval "
+        f"{what}; {shown} on these samples (95 % interval "
         f"{_difference(gain.low, facts)} to {_difference(gain.high, facts)})."
     )
 

@@ -36,7 +36,7 @@ class CurvePoint:
 def enough(points: Sequence[CurvePoint]) -> str:
     """From how many samples on the score can't be told from that with all of them, in words."""
     whole = points[-1]
-    differing = [p.samples for p in points[:-1] if p.gain.p < SIGNIFICANT]
+    differing = [p.samples for p in points[:-1] if p.gain.matters(SIGNIFICANT)]
     alike = [p.samples for p in points[:-1] if p.samples > max(differing, default=0)]
     on = f"on {whole.test_samples:,} test samples"
     if not alike:

@@ -37,16 +37,26 @@ def is_binary(*values: np.ndarray) -> bool:
     return all(bool(np.isin(v, (0.0, 1.0)).all()) for v in values)
 
 
-def gain(first: np.ndarray, second: np.ndarray) -> Gain:
-    """How much higher the scores `second` are than `first`, float (N,) of the same samples."""
+def close_scores(values: Sequence[np.ndarray]) -> float:
+    """What difference of mean scores, float (N,) per condition, is none to speak of: a hundredth
+    where all are from 0 to 1, else of their standard deviation under the first condition."""
+    unit = all(v.min() >= 0 and v.max() <= 1 for v in values)
+    return AGREEMENT * (1.0 if unit else float(values[0].std()))
+
+
+def gain(first: np.ndarray, second: np.ndarray, close: float = 0.0) -> Gain:
+    """How much higher the scores `second` are than `first`, float (N,) of the same samples.
+
+    close: a difference below it doesn't matter, however certain it is.
+    """
     if is_binary(first, second):
         better, worse = paired_counts(first > 0.5, second > 0.5)
         interval = paired_interval(better, worse, len(first))
-        return Gain((better - worse) / len(first), *interval, mcnemar_p(better, worse))
+        p = mcnemar_p(better, worse)
+        return Gain((better - worse) / len(first), *interval, p, close)
     difference = second - first
-    return Gain(
-        float(difference.mean()), *_t(difference, float(difference.mean())), wilcoxon_p(difference)
-    )
+    mean = float(difference.mean())
+    return Gain(mean, *_t(difference, mean), wilcoxon_p(difference), close)
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:
@@ -152,10 +162,7 @@ def _judge(
     results: Sequence[Result], values: Sequence[np.ndarray], name: str, made: Mapping[str, str]
 ) -> Verdict:
     base, pairs = results[0], paired_results(results)
-    # Equal enough is a hundredth of what scores can differ by: of 1 for scores between 0 and 1,
-    # else of how much samples differ.
-    unit = all(v.min() >= 0 and v.max() <= 1 for v in values)
-    close = AGREEMENT * (1.0 if unit else float(values[0].std()))
+    close = close_scores(values)
     compared = compared_result(results)
     if compared is None:
         text = f"Mean {name} {base.accuracy:.4g} for {base.label}; nothing to compare with."

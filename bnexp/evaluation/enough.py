@@ -22,6 +22,7 @@ class Enough:
 
     population: its first `batches` batches are looked at, at least two.
     recompute: gives the statistics of some batches.
+    close: what difference of scores doesn't matter.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Enough:
     recompute: Callable[[Iterable], Statistics]
     test: Batches
     task: Task
+    close: float
 
     def halves(self, samples: int, numbers: Sequence[int]) -> Halves:
         """Two disjoint parts of about so many samples each, evenly spread over the population,
@@ -39,7 +41,7 @@ class Enough:
         if 2 * each < self.batches - 1:
             both = evenly(2 * each, self.batches)
             found = self._compared(both[::2], both[1::2], numbers)
-            if found.gain.p >= BY_THE_WAY:
+            if not found.gain.matters(BY_THE_WAY):
                 return found
         return self._compared(*self._whole_halves, numbers)
 
@@ -81,7 +83,7 @@ class Enough:
             samples,
             part,
             found.mean,
-            gain(whole.values, found.values),
+            gain(whole.values, found.values, self.close),
             found.changed(whole),
             len(found),
         )
@@ -98,7 +100,7 @@ class Enough:
         return Halves(
             samples=min(self._samples(one), self._samples(other)),
             scores=(first_scores.mean, second_scores.mean),
-            gain=gain(first_scores.values, second_scores.values),
+            gain=gain(first_scores.values, second_scores.values, self.close),
             changed=first_scores.changed(second_scores),
             test_samples=len(first_scores),
             worst_layer=worst.name,

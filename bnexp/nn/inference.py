@@ -188,7 +188,7 @@ class _HeldTensor:
         self.where = where
         self._tensor, self._version, self._memory = tensor, version_of(tensor), _memory_of(tensor)
         self._value = tensor.detach().clone() if copy else None
-        self._data = tensor.data if copy else None
+        self._data = tensor.data
 
     def is_changed(self) -> bool:
         tensor = self._tensor
@@ -199,15 +199,16 @@ class _HeldTensor:
             return
         if _memory_of(self._tensor) != self._memory:
             self._tensor.data = self._data
-        if self._tensor.device.type == "meta" or torch.equal(self._tensor, self._value):
-            return
-        with torch.no_grad():
-            self._tensor.copy_(self._value)
+        unseen = self._memory and not torch.equal(self._tensor, self._value)
+        if unseen or version_of(self._tensor) != self._version:
+            with torch.no_grad():
+                self._tensor.copy_(self._value)
 
 
 def _memory_of(tensor: Tensor) -> int:
-    """Where a tensor's values are; 0 for those that don't tell."""
-    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
+    """Where a tensor's values are; 0 where it has none, or is of a kind that may not tell."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.data_ptr() if plain else 0
 
 
 class _Held:

@@ -136,7 +136,7 @@ def in_two_parts(comparison: Comparison, halves: Halves, population_samples: int
         f"of which fare otherwise; furthest apart is {halves.worst_layer}, by "
         f"{halves.worst_distance:.3f} standard deviations."
     )
-    if parts == "halves" or halves.gain.p < BY_THE_WAY:
+    if parts == "halves" or halves.gain.matters(BY_THE_WAY):
         return text
     return f"{text} All {population_samples:,} samples leave less to chance than such a part."
 

@@ -24,7 +24,7 @@ TICK_SECONDS = 0.25
 END_SECONDS = 120.0
 """How long a training may take to its next checkpoint once it is asked to end."""
 
-_PRELOADED = ["bnexp.study.worker", "scipy.stats", "torch._dynamo", "bnexp.cli"]
+_PRELOADED = ["bnexp.study.worker", "bnexp.cli"]
 _WITH_PACKAGE = ("digits",)  # data that no one downloads
 
 

@@ -76,6 +76,8 @@ def side(claim: dict[str, Any], which: str) -> str:
     known = [v for v in values or [] if v is not None]
     if not known:
         return name
+    if "diverges" in claim["expect"]:
+        return f"{name}: {sum(known):.0f} of {len(known)} diverged"
     mean = sum(known) / len(known)
     return f"{name}: {amount(mean, claim['unit'])}"
 
@@ -87,6 +89,8 @@ def amount(value: float, unit: str) -> str:
 
 
 def difference(claim: dict[str, Any]) -> str:
+    if "diverges" in claim["expect"]:
+        return "–"
     if claim["difference"] is None or claim["interval"] is None:
         return claim["text"]
     scale, digits = (100, 2) if claim["unit"] == "points" else (1, 0)
@@ -155,7 +159,7 @@ def draw(found: dict[str, Any]) -> None:
         (label(study, number), claim)
         for study, content in found.items()
         for number, claim in enumerate(content["claims"])
-        if claim["unit"] == "points" and claim["interval"] is not None
+        if claim["unit"] == "points" and claim["interval"] and "diverges" not in claim["expect"]
     ]
     marks = {"supported": ("o", BLUE, BLUE), "contradicted": ("X", ORANGE, ORANGE)}
     with matplotlib.rc_context(STYLE):

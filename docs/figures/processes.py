@@ -114,11 +114,18 @@ def draw(found: dict) -> None:
                 values = [r[what][f"rank {rank}"] for r in rows]
                 label = "ranks 1 to 3" if rank == 1 else None
                 axis.plot(steps, values, color=MUTED, linewidth=0.7, alpha=0.7, label=label)
-            for name, colour in (("rank 0", ORANGE), ("merged", BLUE), ("recomputed", GREEN)):
+            for name, colour, marker, dashes in (
+                ("rank 0", ORANGE, "x", "--"),
+                ("merged", BLUE, "o", "-"),
+                ("recomputed", GREEN, "^", ":"),
+            ):
                 if name == "recomputed" and what == "drift":
                     continue
                 label = "rank 0 (the checkpoint)" if name == "rank 0" else name
-                axis.plot(steps, [r[what][name] for r in rows], color=colour, label=label)
+                values = [r[what][name] for r in rows]
+                axis.plot(
+                    steps, values, dashes, color=colour, marker=marker, markersize=4, label=label
+                )
             axis.set_title(
                 f"{'Drift' if what == 'drift' else 'Test accuracy'}, images dealt out {dealt}",
                 color=INK,

@@ -1,6 +1,6 @@
-"""The README's pictures, from a finished run of configs/fashion-mnist.yaml:
+"""The README's pictures, from a finished run of configs/stale-averages.yaml, the demo:
 
-    python docs/images/make.py runs/fashion-mnist-1
+    python docs/images/make.py runs/stale-averages-1
 
 eval.svg is what `bnexp eval --recompute-stats` prints; report.png is the top of the page that
 `bnexp report` writes, as Chromium shows it.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from example import make_run
 from typer.testing import CliRunner
 
 from bnexp.cli import app
+from bnexp.cli.study import _print_markdown
 from bnexp.errors import UserError
 
 
@@ -90,6 +93,31 @@ def test_compare_sets_runs_side_by_side():
     assert group["seeds"] == [0, 1, 2]
     accuracies = [run["comparison"]["kinds"][0]["accuracy"] for run in tree["runs"]]
     assert group["summary"][0]["mean"] == pytest.approx(sum(accuracies) / 3)
+
+
+def test_compare_in_markdown_is_tables_with_all_that_the_terminal_shows():
+    text = bnexp("compare", "example-1", "example-2", "half-1", "--markdown")
+    tables = [block.split("\n") for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 4
+    for head, rule, *rows in tables:
+        assert set(rule) <= set("|:- ") and rows
+        assert {row.count("|") for row in rows} == {head.count("|")}
+    assert "| seed | 0: example-1<br>1: example-2<br>5: half-1 |" in text
+    assert "**at the end, %, with the difference to the baseline in points**" in text
+    assert "\x1b" not in text
+    assert "--json or --markdown" in refused("compare", "a", "b", "--json", "--markdown")
+
+
+def test_claims_in_markdown(capsys):
+    judged = SimpleNamespace(
+        says="a|b *wins*", verdict="supported", first="running", second="recomputed",
+        measure="accuracy", text="+1.2 points", p=0.01,
+    )  # fmt: skip
+    record = SimpleNamespace(path=Path("runs/grid-1"))
+    _print_markdown(SimpleNamespace(record=record, judged=[judged], states={"finished": 6}))
+    text = capsys.readouterr().out
+    row = r"| a\|b \*wins\* | supported | recomputed against running, accuracy | +1.2 points |"
+    assert row in text and "experiments: 6 finished" in text
 
 
 def test_what_cannot_be_done_is_said(tmp_path):

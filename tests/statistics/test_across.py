@@ -48,40 +48,44 @@ def _step(layer, x, grad):
     return output.detach(), x.grad, own, [layer.running_mean.clone(), layer.running_var.clone()]
 
 
-def _rank_step(rank, split, dtype, affine, offset, channels_last):
+# dtype, affine, offset of all values, tolerance, channels_last
+CASES = [
+    (torch.float64, True, 0.0, 1e-13, False),
+    (torch.float64, False, 3.0, 1e-13, True),
+    (torch.float32, True, 0.0, 3e-6, True),
+]
+
+
+def _rank_steps(rank, split):
     gather = Collectives(TorchRanks(), CPU).gather
-    layer = normalize_across(_layer(dtype, affine), AcrossRanks(gather))
-    x, grad = (t[_part(split, rank)] for t in _input(sum(split), dtype, offset))
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    return _step(layer, x, grad)
+    found = []
+    for dtype, affine, offset, _, channels_last in CASES:
+        layer = normalize_across(_layer(dtype, affine), AcrossRanks(gather))
+        x, grad = (t[_part(split, rank)] for t in _input(sum(split), dtype, offset))
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        found.append(_step(layer, x, grad))
+    return found
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize(
-    ("dtype", "affine", "offset", "tolerance", "channels_last"),
-    [
-        (torch.float64, True, 0.0, 1e-13, False),
-        (torch.float64, False, 3.0, 1e-13, True),
-        (torch.float32, True, 0.0, 3e-6, True),
-    ],
-)
-def test_ranks_compute_what_one_process_does(
-    split, dtype, affine, offset, tolerance, channels_last
-):
-    ranks = values(run_ranks(_rank_step, len(split), split, dtype, affine, offset, channels_last))
-    plain = restore_batchnorm(_layer(dtype, affine))
-    assert type(plain) is nn.BatchNorm2d
-    output, grad, parameters, buffers = _step(plain, *_input(sum(split), dtype, offset))
-    close = {"rtol": tolerance, "atol": tolerance * (1 + offset) ** 2}
-    torch.testing.assert_close(torch.cat([r[0] for r in ranks]), output, **close)
-    torch.testing.assert_close(torch.cat([r[1] for r in ranks]), grad, **close)
-    for i, expected in enumerate(parameters):
-        found = sum(r[2][i] for r in ranks)
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=30 * tolerance)
-    for rank in ranks:
-        torch.testing.assert_close(rank[3], buffers, **close)
-        assert all(torch.equal(a, b) for a, b in zip(rank[3], ranks[0][3], strict=True))
+def test_ranks_compute_what_one_process_does(split):
+    every = values(run_ranks(_rank_steps, len(split), split))
+    for (dtype, affine, offset, tolerance, _), ranks in zip(
+        CASES, zip(*every, strict=True), strict=True
+    ):
+        plain = restore_batchnorm(_layer(dtype, affine))
+        assert type(plain) is nn.BatchNorm2d
+        output, grad, parameters, buffers = _step(plain, *_input(sum(split), dtype, offset))
+        close = {"rtol": tolerance, "atol": tolerance * (1 + offset) ** 2}
+        torch.testing.assert_close(torch.cat([r[0] for r in ranks]), output, **close)
+        torch.testing.assert_close(torch.cat([r[1] for r in ranks]), grad, **close)
+        for i, expected in enumerate(parameters):
+            found = sum(r[2][i] for r in ranks)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=30 * tolerance)
+        for rank in ranks:
+            torch.testing.assert_close(rank[3], buffers, **close)
+            assert all(torch.equal(a, b) for a, b in zip(rank[3], ranks[0][3], strict=True))
 
 
 class _Share(torch.autograd.Function):

@@ -593,6 +593,17 @@ def test_weights_are_as_before_where_only_some_batch_changes_them(kind):
     assert_same(snapshot(model), before)
 
 
+def test_buffers_and_parameters_of_other_kinds():
+    torch.manual_seed(0)
+    model = Net()
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("broken", torch.tensor([float("nan")]))
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0)))
+    model.register_parameter("thin", nn.Parameter(torch.eye(3).to_sparse()))
+    found = recompute_statistics(model, data(4))
+    assert_meets(model, found, data(4))
+
+
 @pytest.mark.parametrize("method", ["exact", "pooled", "batch-mean"])
 def test_layers_that_are_no_part_of_the_model_are_not_changed(method):
     class Listed(Net):

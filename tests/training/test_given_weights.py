@@ -7,11 +7,14 @@ import shutil
 import pytest
 import torch
 
+from bnexp.cli.export import run_export
 from bnexp.config import resolve
 from bnexp.errors import UserError
 from bnexp.experiment import run_experiment
+from bnexp.nn import BatchNorm2d
 from bnexp.records import Run
 from bnexp.training.build import build_training
+from bnexp.training.trained import load_trained
 
 CPU = torch.device("cpu")
 BASE = {
@@ -109,6 +112,24 @@ def test_a_resume_needs_the_file_only_before_the_first_checkpoint(tmp_path):
     run_experiment(resume=late)
     for run in (early, late):
         assert (run.path / "steps.csv").read_bytes() == (whole.path / "steps.csv").read_bytes()
+
+
+@pytest.mark.parametrize("norm", ["batch-renorm", "moving-average"])
+def test_an_exported_run_is_gone_on_from_with_batch_normalization(tmp_path, norm):
+    of = config(
+        model={"name": "small-cnn", "norm": norm},
+        training={**BASE["training"], "optimizer": {"name": "sgd", "lr": 0.01}},
+    )
+    record = run_experiment(of, tmp_path / "run").record
+    out = tmp_path / "exported.pt"
+    run_export(str(record.path), out, None, None, "cpu", tmp_path)
+    plain = config(model={"name": "small-cnn", "weights": str(out)})
+    model = build_training(plain, CPU).state.model.eval()
+    trained = load_trained(record, of, CPU, "last")
+    x, _ = next(iter(trained.data.test.batches(20)))
+    with torch.no_grad():
+        assert torch.equal(model(x), trained.model.eval()(x))
+    assert type(model.bn1) is BatchNorm2d
 
 
 def test_no_weights_of_this_network(tmp_path):

@@ -1,0 +1,62 @@
+"""How long commands take that do little: beside a process that only imports torch.
+
+    python benchmarks/startup.py [--rounds N]
+
+Whole processes of one thread, in turns, of `import torch`, `bnexp --help`, `bnexp data`,
+`bnexp train smoke` (300 steps of a small network) and `bnexp eval` of that run. Prints medians
+over the rounds of processor seconds and of wall seconds, and of the ratios of processor seconds to
+those of `import torch` in the same round, which hold where others use the machine, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+COMMANDS = {
+    "`import torch`": ("-c", "import torch"),
+    "`bnexp --help`": ("-m", "bnexp", "--help"),
+    "`bnexp data`": ("-m", "bnexp", "data"),
+    "`bnexp train smoke`": ("-m", "bnexp", "train", "smoke", "--quiet"),
+    "`bnexp eval`": ("-m", "bnexp", "eval"),
+}
+
+
+def took(words: tuple[str, ...], folder: str) -> tuple[float, float]:
+    """Processor and wall seconds of a process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, check=True
+    )
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
+    with tempfile.TemporaryDirectory() as folder:
+        took(COMMANDS["`bnexp train smoke`"], folder)  # files are read, and compiled, once before
+        for _ in range(rounds):
+            for name, words in COMMANDS.items():
+                found[name].append(took(words, folder))
+    base = [processor for processor, _ in found["`import torch`"]]
+    print("| | processor seconds | wall seconds | ratio to `import torch` |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, values in found.items():
+        processor, wall = (statistics.median(v) for v in zip(*values, strict=True))
+        ratio = statistics.median(p / b for (p, _), b in zip(values, base, strict=True))
+        print(f"| {name} | {processor:.2f} | {wall:.2f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
