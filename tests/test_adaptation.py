@@ -78,8 +78,7 @@ def test_unlabelled_images_of_another_domain_recover_accuracy(trained, test_imag
     lost = accuracies(clean)["running"] - found["running"]
     assert lost > 0.2
     assert found["recomputed"] - found["running"] > 0.5 * lost
-    (differ,) = [f for f in result.findings if f.code == "inputs-differ"]
-    assert differ.recomputing_helps
+    assert any(f.recomputing_helps for f in result.findings)
     hurts = [f.code for f in clean.findings]
     assert "recomputing-hurts" in hurts, "clean images need clean statistics"
 

@@ -19,6 +19,8 @@ INITIAL_SHARE = 0.01
 # Where the decay isn't known to be the one of training, a share of the initial values is inferred
 # from the averages themselves if it explains so much of their distance from the population.
 SHARE_EXPLAINS = 0.8
+# And so much of it in the median layer.
+HALF = 0.5
 # A running variance below this is that of a channel which never changes.
 DEAD = 1e-12
 # A running variance this many times the population's is of values that training met and left.
@@ -200,20 +202,21 @@ class Facts:
             if not held.finite.all() or layer.as_constructed or not layer.tracked:
                 continue
             scale = population.var + layer.eps
-            x += [-population.mean / np.sqrt(scale), (1 - population.var) / scale]
-            y += [
-                (held.mean - population.mean) / np.sqrt(scale),
-                (held.var - population.var) / scale,
-            ]
+            off = [-population.mean / np.sqrt(scale), (1 - population.var) / scale]
+            x.append(np.concatenate(off))
+            off = [(held.mean - population.mean) / np.sqrt(scale)]
+            y.append(np.concatenate([*off, (held.var - population.var) / scale]))
         if not x:
             return None
         initial, distance = np.concatenate(x), np.concatenate(y)
         if not initial.any() or not distance.any():
             return None
         share = float(initial @ distance / (initial @ initial))
-        left = distance - share * initial
-        explained = 1 - float(left @ left / (distance @ distance))
-        if not INITIAL_SHARE <= share < 1 or explained < SHARE_EXPLAINS:
+        if not INITIAL_SHARE <= share < 1:
+            return None
+        # Other inputs may look like it in the first layer alone: it must be so in most layers.
+        by_layer = [_explained(share, *both) for both in zip(x, y, strict=True)]
+        if _explained(share, initial, distance) < SHARE_EXPLAINS or np.median(by_layer) < HALF:
             return None
         return share
 
@@ -828,6 +831,12 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
 
 
 # ------------------------------------------------------------------------ words
+
+
+def _explained(share: float, initial: np.ndarray, distance: np.ndarray) -> float:
+    """What part of a distance (squared) a share of the initial values accounts for."""
+    left = distance - share * initial
+    return 1 - float(left @ left / max(distance @ distance, 1e-30))
 
 
 def _names(layers: Sequence[LayerFacts]) -> tuple[str, ...]:
