@@ -116,7 +116,8 @@ def test_code_of_the_readme_runs():
 def test_the_config_of_the_readme_is_one(tmp_path):
     from bnexp.config import load_config
 
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGES[0].read_text(), flags=re.M | re.S)
+    blocks = re.findall(r"^```yaml\n(.*?)^```", PAGES[0].read_text(), flags=re.M | re.S)
+    (text,) = [block for block in blocks if not block.startswith("base:")]
     path = tmp_path / "readme.yaml"
     path.write_text(text)
     assert load_config(path).training.epochs == 3
@@ -154,3 +155,15 @@ def test_the_config_reference_is_current(monkeypatch):
     from config_reference import reference
 
     assert (DOCS / "config.md").read_text() == reference(), "run: python docs/config_reference.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/studies.md"])
+def test_the_study_of_the_pages_is_one(page):
+    from bnexp.config.yaml_text import parse_yaml
+    from bnexp.study.file import make_study
+    from bnexp.study.run import plan_study
+
+    text = (ROOT / page).read_text()
+    (block,) = re.findall(r"^```yaml\n(base:.*?)^```", text, flags=re.M | re.S)
+    plan = plan_study(make_study(parse_yaml(block, page), [], page))
+    assert len(plan.points) == 27 and len(plan.trainings) == 9 and len(plan.claims) == 1

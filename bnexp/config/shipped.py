@@ -16,36 +16,30 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
-def find_config(given: str) -> Path:
-    """The file that a user named: by its path, else by the name of a shipped config.
-
-    Raises UserError, with the nearest names, where a bare name is neither.
-    """
-    path, shipped = Path(given), shipped_configs()
-    if path.exists() or path.suffix or len(path.parts) != 1:
-        return path
-    if given in shipped:
-        return shipped[given]
-    near = difflib.get_close_matches(given, shipped, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(shipped)}"
-    raise UserError(f"no config file {given} here, and none of that name comes with bnexp; {hint}")
-
-
 def shipped_studies() -> dict[str, Path]:
     """Name -> file, by name."""
     return {path.stem: path for path in sorted((FOLDER / "studies").glob("*.yaml"))}
 
 
-def find_study_file(given: str) -> Path:
-    """The study file that a user named: by its path, else by the name of a shipped one.
+def find_config(given: str) -> Path:
+    """The file that a user named: by its path, else by the name of a shipped config.
 
     Raises UserError, with the nearest names, where a bare name is neither.
     """
-    path, shipped = Path(given), shipped_studies()
+    return _found(given, shipped_configs(), "config")
+
+
+def find_study_file(given: str) -> Path:
+    """The same of a study."""
+    return _found(given, shipped_studies(), "study")
+
+
+def _found(given: str, shipped: dict[str, Path], kind: str) -> Path:
+    path = Path(given)
     if path.exists() or path.suffix or len(path.parts) != 1:
         return path
     if given in shipped:
         return shipped[given]
     near = difflib.get_close_matches(given, shipped, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(shipped)}"
-    raise UserError(f"no study file {given} here, and none of that name comes with bnexp; {hint}")
+    raise UserError(f"no {kind} file {given} here, and none of that name comes with bnexp; {hint}")
