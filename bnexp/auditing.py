@@ -58,7 +58,7 @@ from bnexp.statistics import (
     running_statistics,
 )
 from bnexp.statistics.blend import blend
-from bnexp.statistics.forward import device_of
+from bnexp.statistics.forward import NeededAgain, device_of
 from bnexp.statistics.progress import Progress
 from bnexp.statistics.recompute import Method
 
@@ -454,9 +454,9 @@ class _Judge:
     def _recompute(self, batches: Iterable, method: Method, progress: Progress) -> Statistics:
         ranks = self.task.ranks
         alike = Alike(batches, ranks, "population")
-        found = recompute_statistics(
+        recompute = partial(
+            recompute_statistics,
             self.model,
-            ranks.share(alike),
             method=method,
             device=self.task.device,
             memory=self.memory,
@@ -464,6 +464,10 @@ class _Judge:
             forward=lambda model, batch: self.task.output(model, batch),
             ranks=ranks,
         )
+        try:
+            found = recompute(ranks.share(alike))
+        except NeededAgain:  # an audit may read its batches again, and then holds them
+            found = recompute(list(ranks.share(alike)))
         alike.check()
         return found
 

@@ -114,7 +114,7 @@ FAULTS = {
     "huge-variance": (huge, {"bn2"}, "running variance of a channel of bn2 is"),
     "inputs-differ": (off_first, {"bn1"}, "very first BN layer, bn1, is off already"),
     "lagging": (off_behind, {"bn3"}, "most of all bn3"),
-    "used-uncalled": (used_otherwise, {"kept"}, "never called"),
+    "used-uncalled": (used_otherwise, {"kept"}, "Never called"),
 }
 
 

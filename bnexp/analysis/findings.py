@@ -343,8 +343,8 @@ def initial_share(facts: Facts) -> Finding | None:
     return Finding(
         "initial-share",
         _names(bad),
-        f"{_layers(bad)} with decay {decay:g} (momentum {worst.momentum:g}) have averaged over "
-        f"{worst.tracked:,} mini-batches: {100 * worst.initial_share:.1f} % of what they hold is "
+        f"{_layers(bad)} with decay {decay:g} (momentum {worst.momentum:g}): after "
+        f"{worst.tracked:,} mini-batches {100 * worst.initial_share:.1f} % of the averages is "
         f"still the initial mean 0 and variance 1; below 1 % it takes {enough:,} mini-batches.",
         _effect(facts, "The averages are pulled towards values that no data ever had"),
         f"{RECOMPUTE} For the next training take a smaller decay (a larger momentum), or averages "
@@ -595,7 +595,7 @@ def no_running_statistics(facts: Facts) -> Finding | None:
     return Finding(
         "no-running-statistics",
         _names(bad),
-        f"{_layers(bad)} keep no running averages (track_running_stats=False).",
+        f"No running averages in {_layers(bad)} (track_running_stats=False).",
         "In use they normalize with whatever samples share the mini-batch: a prediction depends "
         "on its neighbours, and a single sample may not work at all.",
         "Build them with track_running_stats=True and copy recomputed statistics into them.",
@@ -611,8 +611,8 @@ def cumulative(facts: Facts) -> Finding | None:
     return Finding(
         "cumulative",
         _names(bad),
-        f"{_layers(bad)} average over all {bad[0].tracked or 0:,} mini-batches since the start "
-        "(momentum=None).",
+        f"Averages over all {bad[0].tracked or 0:,} mini-batches since the start (momentum=None): "
+        f"{_layers(bad)}.",
         _effect(facts, "Early weights count as much as the last ones"),
         f"{RECOMPUTE} For training itself, take a momentum.",
         harmless=gain is None or not gain.better,
@@ -627,9 +627,8 @@ def training_mode(facts: Facts) -> Finding | None:
     return Finding(
         "training-mode",
         _names(bad),
-        f"{_layers(bad)} were in training mode while the other "
-        f"{len(facts.layers) - len(bad)} were not.",
-        "In training mode they normalize with the mini-batch and go on changing their averages "
+        f"In training mode, not so the other {len(facts.layers) - len(bad)}: {_layers(bad)}.",
+        "In training mode layers normalize with the mini-batch and go on changing their averages "
         "while the model is in use. (Here all of them were judged in inference mode.)",
         "Call model.eval() after whatever switches them, before validating and before saving.",
         recomputing_helps=None,
@@ -644,7 +643,7 @@ def frozen(facts: Facts) -> Finding | None:
     return Finding(
         "frozen",
         _names(bad),
-        f"{_layers(bad)} are frozen: their averages don't follow the weights.",
+        f"Frozen: {_layers(bad)}, whose averages don't follow the weights.",
         _effect(facts, "What is normalized with is what they were frozen at"),
         "Right where training normalized with them too (FrozenBN); otherwise unfreeze them, or "
         "recompute.",
@@ -780,8 +779,8 @@ def used_uncalled(facts: Facts) -> Finding | None:
     return Finding(
         "used-uncalled",
         _names(bad),
-        f"{_layers(bad)} are never called, and yet their running averages change what the model "
-        "predicts: some code reads them directly (fused or folded layers).",
+        f"Never called: {_layers(bad)}, whose running averages change what the model predicts all "
+        "the same: some code reads them directly (fused or folded layers).",
         "Nothing that goes through the layers can recompute them: their statistics are as they "
         "were.",
         "Judge the model in a form that calls its layers, or pass forward=... that does.",

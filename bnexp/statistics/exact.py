@@ -21,7 +21,15 @@ from bnexp.errors import UserError
 from bnexp.memory_size import format_bytes
 from bnexp.nn.inference import ModelState
 from bnexp.nn.intercept import normalized_by
-from bnexp.statistics.forward import Done, Normalizer, Population, Task, copied, no_batches
+from bnexp.statistics.forward import (
+    Done,
+    NeededAgain,
+    Normalizer,
+    Population,
+    Task,
+    copied,
+    no_batches,
+)
 from bnexp.statistics.layer_by_layer import (
     Call,
     Dependent,
@@ -86,7 +94,7 @@ def exact(task: Task) -> dict[str, Population]:
             reason = str(given_up)
             if not all(outlook.held for outlook in outlooks):
                 raise ranks.common(
-                    UserError(
+                    NeededAgain(
                         f"the model's forward passes influence one another ({reason}), so 'exact' "
                         "needs each batch several times: pass a list of batches, or use "
                         "method='pooled'"

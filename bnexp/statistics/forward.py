@@ -178,6 +178,10 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+class NeededAgain(UserError):
+    """Batches that can be read once only are needed once per BN layer."""
+
+
 def no_batches() -> UserError:
     return UserError("there are no batches to recompute from: is the iterator used up?")
 
