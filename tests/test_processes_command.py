@@ -120,7 +120,10 @@ def test_without_their_agent_the_processes_end_by_themselves(bnexp, config):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["several.yaml", "training.batch_size=1"], "can't be shared by 2 processes"),
+        (
+            ["several.yaml", "training.batch_size=20", "statistics.normalization_batch=20"],
+            "can't be shared by 2 processes",
+        ),
         (["several.yaml", "data.root=/nowhere", "data.name=image-folder"], "/nowhere"),
         (["several.yaml", "performance.compile=true"], "performance.compile is for one process"),
     ],
