@@ -42,7 +42,7 @@ class Collectives:
 
     def union(self, bits: int) -> Callable[[], int]:
         """Begin to join every rank's `bits` (0 to 255); what comes back waits for the union."""
-        mine = torch.tensor([bits >> i & 1 for i in range(_BITS)], dtype=torch.uint8)
+        mine = torch.tensor([bits >> i & 1 for i in range(_BITS)], dtype=torch.uint8, device="cpu")
         work = distributed.all_reduce(
             mine, distributed.ReduceOp.MAX, group=self._flags, async_op=True
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn, overrides
 from torch.nn import parameter
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # noqa: F401
-from torch.utils import _python_dispatch
+from torch.utils import _device, _python_dispatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,17 +83,28 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def function_modes() -> int:
-    """How many function modes this thread has entered."""
-    return overrides._len_torch_function_stack()
+def function_modes() -> tuple[Any, ...]:
+    """The function modes that this thread has entered, the outermost first."""
+    return tuple(overrides._get_current_function_mode_stack())
 
 
-def pop_function_mode() -> Any:
-    return overrides._pop_mode()
+def set_function_modes(modes: tuple[Any, ...]) -> None:
+    while overrides._len_torch_function_stack():
+        overrides._pop_mode()
+    for mode in modes:
+        overrides._push_mode(mode)
 
 
-def push_function_mode(mode: Any) -> None:
-    overrides._push_mode(mode)
+def default_device() -> tuple[Any, torch.device | None]:
+    """What `torch.set_default_device` set in this thread: the function mode that does it, which it
+    takes off the next time, and the device, which is also that of a `torch.device` block.
+    """
+    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None), _device.CURRENT_DEVICE
+
+
+def put_back_default_device(found: tuple[Any, torch.device | None]) -> None:
+    """As it was when `default_device` found it, but for the function mode."""
+    torch._GLOBAL_DEVICE_CONTEXT.device_context, _device.CURRENT_DEVICE = found
 
 
 def dispatch_modes() -> int:

@@ -142,17 +142,33 @@ def test_function_modes_are_taken_off_and_put_on():
     class Mode(Counting, TorchFunctionMode):
         pass
 
-    with Mode() as mode:
-        assert internals.function_modes() == 1
+    with Mode() as outer, Mode() as mode:
+        assert internals.function_modes() == (outer, mode)
         torch.zeros(1)
-        assert mode.calls == 1
-        assert internals.pop_function_mode() is mode
+        assert (outer.calls, mode.calls) == (1, 1)
+        internals.set_function_modes((outer,))
         torch.zeros(1)
-        assert (mode.calls, internals.function_modes()) == (1, 0)
-        internals.push_function_mode(mode)
+        assert (outer.calls, mode.calls, internals.function_modes()) == (2, 1, (outer,))
+        internals.set_function_modes((outer, mode))
         torch.zeros(1)
-        assert mode.calls == 2
-    assert internals.function_modes() == 0
+        assert (outer.calls, mode.calls) == (3, 2)
+    assert internals.function_modes() == ()
+
+
+def test_the_default_device_is_put_back():
+    before = internals.default_device()
+    assert before == (None, None)
+    torch.set_default_device("meta")
+    modes, found = internals.function_modes(), internals.default_device()
+    assert modes == (found[0],)
+    internals.set_function_modes(())
+    internals.put_back_default_device(before)
+    assert torch.zeros(1).device == torch.get_default_device() == torch.device("cpu")
+    internals.set_function_modes(modes)
+    internals.put_back_default_device(found)
+    assert torch.zeros(1).is_meta and torch.get_default_device().type == "meta"
+    torch.set_default_device(None)
+    assert (internals.function_modes(), internals.default_device()) == ((), (None, None))
 
 
 def test_dispatch_modes_are_taken_off_and_put_on():

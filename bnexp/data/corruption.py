@@ -53,7 +53,9 @@ def _noise(images: Tensor, sigma: float, numbers: Sequence[int]) -> Tensor:
     noisy = torch.empty_like(images)
     for image, number, out in zip(images, numbers, noisy, strict=True):
         seed = int(generator(0, "corruption", number).integers(2**63))
-        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(
+            image.shape, generator=torch.Generator().manual_seed(seed), device="cpu"
+        )
         out.copy_(((image / 255 + noise * sigma).clamp(0, 1) * 255).round())
     return noisy
 

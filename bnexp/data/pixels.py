@@ -45,8 +45,8 @@ class Normalization:
         device: torch.device,
     ):
         per_image = pixel_size[0] * pixel_size[1]
-        shift = torch.tensor([255 * m for m in mean], dtype=torch.float64)
-        scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float64)
+        shift = torch.tensor([255 * m for m in mean], dtype=torch.float64, device="cpu")
+        scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float64, device="cpu")
         # One value per byte of an image: broadcasting over three channels alone would not
         # vectorize, and is ten times slower.
         self._shift = shift.repeat(per_image).to(torch.float32).to(device)

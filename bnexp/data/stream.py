@@ -48,8 +48,8 @@ class ImageFiles:
     def read(self, count: int) -> Tensor:
         """The first `count` images, or as many as there are, uint8 (N, H, W, 3)."""
         count = min(count, len(self.paths))
-        images = torch.empty((count, *self.image_size, 3), dtype=torch.uint8)
-        chunks = torch.arange(count).split(CHUNK)
+        images = torch.empty((count, *self.image_size, 3), dtype=torch.uint8, device="cpu")
+        chunks = torch.arange(count, device="cpu").split(CHUNK)
         for _ in ahead(chunks, lambda chunk: self.decode(chunk, images[chunk[0] :]), self.workers):
             pass
         return images
@@ -115,5 +115,5 @@ class StreamedSplit:
         shape = (len(part), *self._files.image_size, 3)
         pinned = self._device.type == "cuda"
         return self._files.decode(
-            part.order, torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+            part.order, torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         )

@@ -148,7 +148,7 @@ def _gradients(
 
 
 def _gradient(leaf: nn.Parameter) -> Tensor:
-    return torch.zeros(leaf.shape).double() if leaf.grad is None else leaf.grad.double().cpu()
+    return (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).double().cpu()
 
 
 @contextlib.contextmanager
@@ -166,7 +166,7 @@ def _differentiable(
         for name, layer in batchnorm_layers(model).items():
             saved.append((layer, dict(layer._parameters)))
             own = layer._parameters
-            like = torch.zeros(layer.num_features).to(_placement(model, layer))
+            like = _placement(model, layer).new_zeros(layer.num_features)
             weight, bias = (
                 nn.Parameter((like + fill) if value is None else value.detach().clone())
                 for value, fill in ((own["weight"], 1.0), (own["bias"], 0.0))
@@ -186,4 +186,4 @@ def _placement(model: nn.Module, layer: nn.Module) -> Tensor:
     for tensor in (*layer.parameters(), *layer.buffers(), *model.parameters()):
         if tensor.is_floating_point():
             return tensor
-    return torch.zeros(())
+    return torch.zeros((), device="cpu")

@@ -119,7 +119,7 @@ def _blocks(
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts, dim=1).cpu() if parts else torch.zeros(4, 0)
+    return torch.cat(parts, dim=1).cpu() if parts else torch.zeros(4, 0, device="cpu")
 
 
 def _predictions(rows: Tensor) -> Predictions:

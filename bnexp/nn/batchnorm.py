@@ -296,7 +296,7 @@ class FollowedBatchNorm(TrackedBatchNorm):
         self.flush()
         counter = self.num_batches_tracked
         # Whether a mini-batch counts is not the subclass's to say: it counts in a tensor of no use.
-        lent = None if counter is None else torch.zeros((), dtype=torch.int64)
+        lent = None if counter is None else torch.zeros((), dtype=torch.int64, device="cpu")
 
         def answer(call: BatchNormCall) -> Tensor:
             if not call.training:

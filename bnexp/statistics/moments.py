@@ -75,7 +75,7 @@ def moments(x: Tensor) -> Moments:
     channels = x.shape[1]
     count = x.numel() // channels if channels else 0
     if count == 0:
-        zeros = torch.zeros(channels, dtype=torch.float64)
+        zeros = torch.zeros(channels, dtype=torch.float64, device=x.device)
         return Moments(0, zeros, zeros.clone())
     if x.device.type == "cpu":
         return _cpu_moments(x, count)

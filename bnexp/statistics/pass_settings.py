@@ -43,6 +43,7 @@ def _settings() -> list[Setting]:
     """How each setting is read, and how it is written."""
     backends = torch.backends
     found: list[Setting] = [
+        (internals.default_device, internals.put_back_default_device),
         (torch.is_grad_enabled, torch.set_grad_enabled),
         (torch.get_default_dtype, torch.set_default_dtype),
         (
@@ -94,6 +95,7 @@ class PassSettings:
         self._base = [read() for read, _ in self._settings]
         self._inference = torch.is_inference_mode_enabled()
         self._function_modes = internals.function_modes()
+        self._device_mode = internals.default_device()[0]
         self._dispatch_modes = internals.dispatch_modes()
         self._hooks = internals.saved_tensor_hooks()
 
@@ -121,13 +123,20 @@ class PassSettings:
         )
 
     def restore(self) -> None:
-        """Back to the base, from what a pass left that was cut short; but for modes and hooks."""
+        """Back to the base, from what a pass left that was cut short; but for modes and hooks, as
+        leaving a block takes them off: of `torch.set_default_device` alone the mode stays behind.
+        """
+        own, base = internals.default_device()[0], self._device_mode
+        if own is not base:
+            modes = tuple(mode for mode in internals.function_modes() if mode is not own)
+            internals.set_function_modes((base, *modes) if base in self._function_modes else modes)
         self._write_base(lambda *_: None)
 
     def _put_aside(self, undo: Callable) -> None:
         """Leave what is bound to the order in which it was entered."""
-        while internals.function_modes() > self._function_modes:
-            undo(internals.push_function_mode, internals.pop_function_mode())
+        if (modes := internals.function_modes()) != self._function_modes:
+            undo(internals.set_function_modes, modes)
+            internals.set_function_modes(self._function_modes)
         while internals.dispatch_modes() > self._dispatch_modes:
             undo(internals.push_dispatch_mode, internals.pop_dispatch_mode())
         while (hooks := internals.saved_tensor_hooks()) not in (self._hooks, None):

@@ -40,8 +40,7 @@ class _BatchMean:
     """Mean of the batch means and of the unbiased batch variances."""
 
     def __init__(self) -> None:
-        self._mean: Tensor | int = 0
-        self._var: Tensor | int = 0
+        self._mean = self._var = torch.zeros((), dtype=torch.float64, device="cpu")
         self._batches = 0
         self._count = 0
 
@@ -58,8 +57,7 @@ class _BatchMean:
         self._count += others._count
 
     def result(self) -> Population:
-        mean, var = torch.as_tensor(self._mean), torch.as_tensor(self._var)
-        return Population(mean / self._batches, var / self._batches, self._count)
+        return Population(self._mean / self._batches, self._var / self._batches, self._count)
 
 
 class _Pooled:

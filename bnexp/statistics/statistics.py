@@ -208,14 +208,14 @@ def running_statistics(model: nn.Module) -> Statistics:
 
 def _as_numbers(counts: Mapping[str, Tensor | None]) -> dict[str, int]:
     """Each tensor's one number, 0 where there is none, with one transfer per device."""
-    by_device: dict[torch.device, list[str]] = {}
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, count in counts.items():
         if count is not None:
-            by_device.setdefault(count.device, []).append(name)
+            by_device.setdefault(count.device, {})[name] = count.reshape(())
     numbers = dict.fromkeys(counts, 0)
-    for names in by_device.values():
-        values = torch.stack([torch.as_tensor(counts[name]).reshape(()) for name in names])
-        numbers |= zip(names, map(int, values.tolist()), strict=True)
+    for of_device in by_device.values():
+        values = torch.stack(list(of_device.values())).tolist()
+        numbers |= zip(of_device, map(int, values), strict=True)
     return numbers
 
 

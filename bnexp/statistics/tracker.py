@@ -146,9 +146,9 @@ class StatisticsTracker:
         if not self._merges or self._closed:
             return
         mine = self._collect()
-        widths = torch.tensor([layer.num_features for layer in self._layers.values()])
+        widths = torch.tensor([layer.num_features for layer in self._layers.values()], device="cpu")
         pairs = zip(self._parts, self._fed, strict=True)
-        shares = torch.tensor([parts / fed if fed else 0.0 for parts, fed in pairs])
+        shares = torch.tensor([parts / fed if fed else 0.0 for parts, fed in pairs], device="cpu")
         shares = shares.double().repeat_interleave(widths)
         every = self._ranks.gather((mine, shares), "the statistics of a tracker")
         states = [state for state, _ in every]
@@ -200,7 +200,7 @@ class StatisticsTracker:
         """
         self.merge()
         result = {}
-        batches = torch.zeros(len(self._layers), dtype=torch.int64)
+        batches = torch.zeros(len(self._layers), dtype=torch.int64, device="cpu")
         for group in self._groups:
             batches[group.layer_index] = group.counts[1].cpu()
         count = dict(zip(self._layers, batches.tolist(), strict=True))
@@ -351,7 +351,7 @@ class StatisticsTracker:
                 if name not in result:
                     shape = list(tensor.shape)
                     shape[dim] = total
-                    result[name] = torch.zeros(shape, dtype=_on_host(tensor.dtype))
+                    result[name] = torch.zeros(shape, dtype=_on_host(tensor.dtype), device="cpu")
                 result[name].index_copy_(dim, index, tensor.to("cpu", _on_host(tensor.dtype)))
         return result
 
@@ -380,11 +380,11 @@ class _Group:
     ) -> None:
         names, everything = list(layers), list(layers.values())
         mine = [everything[i] for i in index]
-        widths = torch.tensor([layer.num_features for layer in everything])
+        widths = torch.tensor([layer.num_features for layer in everything], device="cpu")
         ends = widths.cumsum(0)
-        self.layer_index = torch.tensor(index)
+        self.layer_index = torch.tensor(index, device="cpu")
         self.channel_index = torch.cat(
-            [torch.arange(int(ends[i] - widths[i]), int(ends[i])) for i in index]
+            [torch.arange(int(ends[i] - widths[i]), int(ends[i]), device="cpu") for i in index]
         )
         self.layers_in_all, self.channels_in_all = len(everything), int(ends[-1])
         self.widths = widths[self.layer_index]
@@ -465,7 +465,7 @@ class _Group:
         if filled not in self.seen:
             if len(self.seen) >= _PATTERNS:
                 self.seen.clear()
-            layers = torch.tensor(filled)
+            layers = torch.tensor(filled, device="cpu")
             device = self.shown.device
             self.seen[filled] = layers.repeat_interleave(self.widths).to(device), layers.to(device)
         return self.seen[filled]
@@ -477,7 +477,7 @@ class _Group:
         by layer, and which layers ran on any of them."""
         parts = [slot.parts if ran else 0 for slot, ran in zip(self.slots, filled, strict=True)]
         every = ranks.gather((self.batch, values, parts), "a mini-batch of a tracker")
-        shares = torch.tensor([share for *_, share in every], dtype=torch.float64)
+        shares = torch.tensor([share for *_, share in every], dtype=torch.float64, device="cpu")
         weights = shares.repeat_interleave(self.widths, 1)
         moments = [
             torch.where(weight > 0, batch * weight, 0.0)
@@ -494,7 +494,7 @@ class _Group:
     def _counts(self, values: list[int]) -> Tensor:
         """(C,) values per channel in this mini-batch, uploaded when they change."""
         if values != self.values:
-            count = torch.tensor(values).repeat_interleave(self.widths)
+            count = torch.tensor(values, device="cpu").repeat_interleave(self.widths)
             self.count = count.to(self.start.device, self.start.dtype)
             self.values = values
         return self.count

@@ -29,7 +29,7 @@ from bnexp.errors import UserError
 from bnexp.statistics import recompute_statistics
 from bnexp.statistics.layer_by_layer import by_layer, layer_by_layer
 from bnexp.statistics.progress import Report
-from bnexp.statistics.recompute import prepared_task
+from bnexp.statistics.recompute import METHODS, prepared_task
 
 
 def block(inputs: int) -> nn.Sequential:
@@ -60,6 +60,8 @@ def settings() -> tuple:
     """Process-wide settings that passes may change."""
     return (
         torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch._C._len_torch_function_stack(),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
         torch.backends.cudnn.enabled,
@@ -141,6 +143,26 @@ def quiet():
         yield
 
 
+@contextlib.contextmanager
+def default_device(device):
+    before = torch._GLOBAL_DEVICE_CONTEXT.__dict__.get("device_context")
+    torch.set_default_device(device)
+    try:
+        yield
+        assert torch.empty(1).device.type == device
+    finally:
+        torch.set_default_device(before and before.device)
+
+
+@contextlib.contextmanager
+def default_and_other_device():
+    with default_device("cpu"):
+        with torch.device("meta"):
+            yield
+            assert torch.empty(1).is_meta
+        assert not torch.empty(1).is_meta
+
+
 VARIABLE = contextvars.ContextVar("variable", default=0)
 
 
@@ -177,6 +199,9 @@ SETTINGS = {
     "gradients": torch.enable_grad,
     "saved tensors": pack_and_unpack,
     "context variable": variable,
+    "device": lambda: torch.device("meta"),
+    "default device": lambda: default_device("meta"),
+    "devices": default_and_other_device,
 }
 
 
@@ -211,6 +236,26 @@ def test_settings_in_a_block(name, where):
         check(Inside(), data(), interleaved=False)
     else:
         check(Net(), data(), outside, interleaved=False)
+
+
+@pytest.mark.parametrize("given", [None, "meta"])
+def test_a_default_device_that_is_left_behind(given):
+    class Leaving(Net):
+        def around(self, x):
+            torch.set_default_device(torch.device("meta"))
+            return self.second(x)
+
+    torch.manual_seed(0)
+    model, batches = Leaving(), data()
+    torch.set_default_device(given)
+    try:
+        world = settings()
+        for method in METHODS:
+            recompute_statistics(model, batches, method)
+            assert settings() == world
+        check(model, batches, interleaved=True)
+    finally:
+        torch.set_default_device(None)
 
 
 class KnownManagers(Net):
