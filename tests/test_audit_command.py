@@ -230,7 +230,11 @@ def test_timm_checkpoint_with_an_average(bnexp):
     ("arguments", "said"),
     [
         (("audit",), "say what to audit"),
-        (("audit", "her_project.model:build"), "data.population is missing"),
+        (("audit", "her_project.model:build"), "--population with a folder per class"),
+        (
+            ("audit", "her_project.model:build", "--population", "x"),
+            "say which images with labels, to test on: --test",
+        ),
         (("audit", "torchvision/resnet18", "--population", "x", "--test", "y"), "random weights"),
         ((*AUDIT, "--mend", "her.ckpt"), "--mend her.ckpt exists"),
         ((*AUDIT, "--key", "ema"), "no tensors under 'ema'; there: 'model_state_dict'"),

@@ -11,6 +11,7 @@ from bnexp.analysis.expectations import unmet_cost
 from bnexp.cli.tables import refuse_both
 from bnexp.config.audit import AuditConfig
 from bnexp.config.loading import load, resolved
+from bnexp.dotted import within
 from bnexp.errors import ExpectationNotMet, UserError
 from bnexp.performance import keep_freed_memory
 from bnexp.records.audit import next_folder, write_audit
@@ -129,6 +130,16 @@ def _config(words: list[str], options: dict[str, str | None]) -> AuditConfig:
             "say what to audit: a config, or a model as in: bnexp audit torchvision/resnet18 "
             "--weights her.ckpt --population data/train --test data/val"
         )
+    keys = [override.partition("=")[0] for override in overrides]
+    for flag, key, use in (
+        ("--population", "data.population", "to recompute statistics from"),
+        ("--test", "data.test", "with labels, to test on"),
+    ):
+        if not any(within(key, [given]) or within(given, [key]) for given in keys):
+            raise UserError(
+                f"say which images {use}: {flag} with a folder per class, or "
+                "package.module:callable"
+            )
     return resolved({"data": {}}, overrides, "audit", AuditConfig)
 
 

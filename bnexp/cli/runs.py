@@ -23,7 +23,7 @@ def run_runs(folder: Path, as_json: bool) -> None:
         print(json.dumps([*rows, *studies], indent=2, allow_nan=False))
         return
     if not rows and not studies:
-        print(f"no runs in {folder}/ yet; train one: bnexp train configs/digits.yaml")
+        print(f"no runs in {folder}/ yet; train one: bnexp train digits")
         return
     if rows:
         _print(rows)

@@ -93,9 +93,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise UserError(f"{where} can't be read: {error.strerror}") from None
     tree = parse_yaml(text, where)
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{where}: a config is a mapping of keys to values, see configs/digits.yaml"
-        )
+        raise UserError(f"{where}: a config is a mapping of keys to values; see bnexp init digits")
     return tree
 
 
