@@ -85,9 +85,6 @@ T = TypeVar("T")
 RUNNING, BATCH, NONE = Condition("running"), Condition("batch"), Condition("none")
 BLENDED = Condition("blended")
 
-if TYPE_CHECKING:
-    from bnexp.report.audit_table import Form
-
 
 @dataclass(frozen=True, eq=False)
 class Audit:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from bnexp.training.processes import by_rank_0, device_of_rank, one_by_one
 from bnexp.training.resume import changes_of, go_on, has_checkpoint, require_same_weights
 from bnexp.training.run_data import FILE as DATA_FILE
 from bnexp.training.run_data import load_run_data
-from bnexp.training.signals import SIGNALS, Interruption, ignored
+from bnexp.training.signals import SIGNALS, Interruption, handled
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _config(
     if given is not None:
         return load_config(Path(given), overrides)
     if run is None:
-        raise UserError("name a config, as in: bnexp train configs/digits.yaml")
+        raise UserError("name a config, as in: bnexp train digits")
     return resolve(run.config, overrides, f"{run.path}/config.yaml")
 
 
@@ -244,7 +245,7 @@ def _write_end(
     if not training.processes.writes:
         return
     # What ended the run is said already; a full disk may be just that.
-    with contextlib.suppress(OSError), ignored(SIGNALS):
+    with contextlib.suppress(OSError), handled(SIGNALS, signal.SIG_IGN):
         step, total = training.state.saved_step, training.total_steps
         run.write_state(state, step, total, "last", message, diverged)
 

@@ -16,6 +16,7 @@ import os
 import pickle
 import struct
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +35,7 @@ from bnexp.errors import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import ProcessGroup, Work
 
 T = TypeVar("T")
@@ -262,6 +264,14 @@ class _Share(Generic[T]):
         return len(range(self.rank, len(self.batches), self.size))  # type: ignore[arg-type]
 
 
+def checksum(tensors: Iterable[Tensor], start: int = 0) -> int:
+    """A CRC-32 of the tensors' bits, going on from `start`, for ranks to compare. Waits for the
+    device."""
+    for tensor in tensors:
+        start = zlib.crc32(_bits(tensor), start)
+    return start
+
+
 def choose_ranks(ranks: Ranks | None, what: str) -> Ranks:
     """`ranks`, or this process alone where nothing was chosen and there is nothing to choose.
 
@@ -277,10 +287,15 @@ def choose_ranks(ranks: Ranks | None, what: str) -> Ranks:
     return Alone() if ranks is None else ranks
 
 
+def started_by_launcher() -> int:
+    """How many processes torchrun, or `--processes`, has started of this command; 1: none did."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if "RANK" in os.environ and size.isdecimal() else 1
+
+
 def refuse_launcher(what: str) -> None:
     """Raise UserError where torchrun (or another launcher) started several processes of this."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and size.isdecimal() and int(size) > 1:
+    if (size := started_by_launcher()) > 1:
         raise UserError(
             f"{what} was started {size} times by a launcher such as torchrun, and would be {size} "
             f"unrelated runs: start it once, as `{what}`"
@@ -390,8 +405,14 @@ class _Pickler(pickle.Pickler):
 
         if not isinstance(value, torch.Tensor):
             return NotImplemented
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        return _tensor, (flat.view(torch.uint8).numpy(), value.dtype, value.shape)
+        return _tensor, (_bits(value), value.dtype, value.shape)
+
+
+def _bits(tensor: Tensor) -> Any:
+    """A tensor's values as uint8 in numpy, on the CPU."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _tensor(flat: Any, dtype: Any, shape: Any) -> Any:

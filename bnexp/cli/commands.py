@@ -11,6 +11,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 Markdown = Annotated[
     bool, typer.Option("--markdown", help="Print Markdown alone: tables as code hosts show them.")
 ]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress, warnings and errors alone.")
+]
 ChangedData = Annotated[
     bool, typer.Option("--changed-data", help="Go on though the run's data have changed.")
 ]
@@ -40,9 +43,7 @@ def train(
     ] = None,
     changed_data: ChangedData = False,
     runs_dir: RunsDir = RUNS,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress, warnings and errors alone.")
-    ] = False,
+    quiet: Quiet = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve everything, estimate time and memory.")
     ] = False,
@@ -185,9 +186,7 @@ def study(
         bool, typer.Option("--retry", help="Also try again what failed before.")
     ] = False,
     runs_dir: RunsDir = RUNS,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress, warnings and errors alone.")
-    ] = False,
+    quiet: Quiet = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and estimate the time.")
     ] = False,

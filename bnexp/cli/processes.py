@@ -14,19 +14,13 @@ from datetime import timedelta
 from typing import NoReturn
 
 from bnexp.errors import Interrupted, RunFailed, UserError
-from bnexp.ranks import Alone, Ranks
+from bnexp.ranks import Alone, Ranks, started_by_launcher
 
 # After which a rank that others wait for is given up. Rank 0 may download data, or judge a whole
 # test set's predictions, while the others wait.
 TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
 _ENDS = (1, 2, 3, 130)
-
-
-def started_by_launcher() -> int:
-    """How many processes torchrun, or `--processes`, has started of this command; 1: none did."""
-    size = os.environ.get("WORLD_SIZE", "")
-    return int(size) if "RANK" in os.environ and size.isdecimal() else 1
 
 
 def is_silent() -> bool:

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bnexp.analysis.judged import Judged
 from bnexp.analysis.words import p_value
 from bnexp.cli.streams import printing_what_can_be
 from bnexp.cli.tables import Page, output, refuse_both
@@ -19,7 +20,6 @@ from bnexp.config.study import StudyConfig
 from bnexp.errors import ExpectationNotMet, RunFailed, UserError
 from bnexp.importing import require_extra
 from bnexp.printable import printable
-from bnexp.study.claims import Judged
 from bnexp.study.file import read_study
 from bnexp.study.jobs import Job, Watcher
 from bnexp.study.run import Outcome, Plan, Progress, plan_study, run_study, step_of

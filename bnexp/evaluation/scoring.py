@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from bnexp.errors import UserError
 from bnexp.evaluation.predictions import classified
 from bnexp.nn.find import batchnorm_layers
 from bnexp.nn.inference import inference
-from bnexp.ranks import Alone, Ranks
+from bnexp.ranks import Alone, Ranks, checksum
 from bnexp.statistics import batch_statistics
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -155,9 +154,7 @@ class Alike:
         self._sum = 0
         for batch in self._batches:
             if self._ranks.size > 1:
-                for tensor in tensors_in(batch):
-                    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                    self._sum = zlib.crc32(data.numpy(), self._sum)  # type: ignore[arg-type]
+                self._sum = checksum(tensors_in(batch), self._sum)
             yield batch
 
     def check(self) -> None:

@@ -19,7 +19,7 @@ import csv
 import difflib
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 from bnexp.atomic import write_atomically
 from bnexp.condition import Condition
 from bnexp.errors import UserError
-from bnexp.records import lock
 from bnexp.records.csv_log import CsvLog
 from bnexp.records.files import read_bytes, read_json, read_text, read_yaml
+from bnexp.records.folder import Folder, newest_first
 from bnexp.records.making import free_folders, place, staged, to_json
 
 if TYPE_CHECKING:
@@ -41,18 +41,10 @@ EVAL_COLUMNS = ("step", "split", "statistics", "accuracy", "loss", "samples", "s
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder. Reading never changes it; what is written stays within it.
+class Run(Folder):
+    """The folder of one training."""
 
-    Everything that is read may come from a stranger: what isn't as a run writes it is a UserError
-    that names the file.
-    """
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+    busy = "is still being trained by another process"
 
     @property
     def checkpoints(self) -> Path:
@@ -201,28 +193,6 @@ class Run:
         }
         self.write_json("state.json", {**content, "diverged": True} if diverged else content)
 
-    def write_json(self, filename: str, value: dict[str, Any]) -> None:
-        self.write(filename, to_json(value))
-
-    def write(self, filename: str, content: str | bytes | memoryview) -> None:
-        """Replace a file of the run by `content`, whole or not at all. A link is replaced itself:
-        nothing outside of the folder is written."""
-        write_atomically(self.path / filename, content, follow_links=False)
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run, as its only training. UserError if there is another one."""
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(lock.locked(self.path / ".lock"))
-            except BlockingIOError:
-                raise UserError(f"{self.path} is still being trained by another process") from None
-            yield
-
-    def is_locked(self) -> bool:
-        """Whether a training holds the run. Asking never keeps one from taking it."""
-        return lock.is_locked(self.path / ".lock")
-
 
 STATES = ("running", "finished", "interrupted", "failed")
 MAX_COUNT = 2**53
@@ -316,19 +286,7 @@ def is_run(path: Path) -> bool:
 
 def all_runs(runs: Path = RUNS) -> list[Run]:
     """Every run below `runs`, newest first."""
-    if not runs.is_dir():
-        return []
-    found = [Run(p) for p in runs.iterdir() if not p.name.startswith(".") and is_run(p)]
-    return sorted(found, key=_created, reverse=True)
-
-
-def _created(run: Run) -> tuple:
-    number = re.search(r"-([0-9]{1,18})$", run.name)
-    try:
-        created = str(run.environment.get("created", ""))
-    except UserError:
-        created = ""
-    return (created, int(number[1]) if number else 0)
+    return newest_first(runs, is_run, Run, lambda run: str(run.environment.get("created", "")))
 
 
 def find_run(given: str, runs: Path = RUNS) -> Run:
@@ -354,4 +312,4 @@ def newest_finished_run(runs: Path = RUNS) -> Run:
         with contextlib.suppress(UserError):  # a damaged run is not a finished one
             if run.state["state"] == "finished":
                 return run
-    raise UserError(f"no finished run below {runs}/; train one: bnexp train configs/digits.yaml")
+    raise UserError(f"no finished run below {runs}/; train one: bnexp train digits")

@@ -12,34 +12,28 @@ runs/<name>-<number>/
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bnexp.atomic import write_atomically
 from bnexp.errors import UserError
-from bnexp.records import lock
 from bnexp.records.experiment import RUNS, Run, is_run
 from bnexp.records.files import read_json, read_text
+from bnexp.records.folder import Folder, newest_first
 from bnexp.records.making import free_folders, place, staged, to_json
 
 STATES = ("running", "finished", "interrupted", "failed")
 
 
 @dataclass(frozen=True)
-class StudyRecord:
-    """A study's folder. Reading never changes it; what isn't as a study writes it is a UserError
-    that names the file."""
+class StudyRecord(Folder):
+    """The folder of a study."""
 
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+    busy = "is being run by another process"
 
     @property
     def experiments(self) -> Path:
@@ -99,32 +93,12 @@ class StudyRecord:
         return columns, [dict(zip(columns, row, strict=True)) for row in rows[1:]]
 
     def claims(self) -> list[dict[str, Any]]:
-        """The claims of claims.json, as `bnexp.study.claims.Judged` has them."""
+        """The claims of claims.json, as `bnexp.analysis.judged.Judged` has them."""
         path = self.path / "claims.json"
         claims = (read_json(path) or {}).get("claims", [])
         if not isinstance(claims, list) or not all(isinstance(claim, dict) for claim in claims):
             raise UserError(f"{path} is damaged: claims is no list of claims")
         return claims
-
-    def write(self, filename: str, content: str) -> None:
-        """Replace a file of the study, whole or not at all."""
-        write_atomically(self.path / filename, content, follow_links=False)
-
-    def write_json(self, filename: str, value: Mapping[str, Any]) -> None:
-        self.write(filename, to_json(value))
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the study, as the only one that runs it. UserError if there is another one."""
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(lock.locked(self.path / ".lock"))
-            except BlockingIOError:
-                raise UserError(f"{self.path} is being run by another process") from None
-            yield
-
-    def is_locked(self) -> bool:
-        return lock.is_locked(self.path / ".lock")
 
 
 def create_study(name: str, text: str, state: Mapping[str, Any], runs: Path = RUNS) -> StudyRecord:
@@ -152,19 +126,7 @@ def find_study(given: str, runs: Path = RUNS) -> StudyRecord | None:
 
 def all_studies(runs: Path = RUNS) -> list[StudyRecord]:
     """Every study below `runs`, newest first."""
-    if not runs.is_dir():
-        return []
-    found = [StudyRecord(p) for p in runs.iterdir() if not p.name.startswith(".") and is_study(p)]
-    return sorted(found, key=_created, reverse=True)
-
-
-def _created(record: StudyRecord) -> tuple[str, int, str]:
-    number = record.name.rpartition("-")[2]
-    try:
-        created = record.state["created"]
-    except UserError:
-        created = ""
-    return created, int(number) if number.isdecimal() and len(number) < 19 else 0, record.name
+    return newest_first(runs, is_study, StudyRecord, lambda record: record.state["created"])
 
 
 def to_csv(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,10 +11,11 @@ import numpy as np
 
 from bnexp.analysis import words
 from bnexp.analysis.factors import Contrast, Levels, Score, cell_contrasts, level_contrasts
+from bnexp.analysis.judged import Judged
 from bnexp.analysis.paired import Verdict
 from bnexp.errors import UserError
-from bnexp.printable import printable
-from bnexp.reading import read
+from bnexp.printable import all_printable, printable
+from bnexp.reading import naming, read
 from bnexp.records.study import StudyRecord
 from bnexp.report.drawing import COLOUR, LOOKS, PALETTE, Panel, Plot, Table
 from bnexp.report.mpl import Axes
@@ -28,23 +29,8 @@ MAX_LINES = 5
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim as claims.json has it."""
-
-    says: str
-    source: str | None
-    where: str
-    first: str
-    second: str
-    measure: str
-    expect: str
-    verdict: Verdict
-    text: str
-    unit: str
-    p: float | None
-    seeds: list[int]
-    first_values: list[float | None]
-    second_values: list[float | None]
+class Claim(Judged):
+    """A claim as the page shows it."""
 
     @property
     def mark(self) -> str:
@@ -145,14 +131,8 @@ def _baseline(scores: Sequence[Score]) -> str:
 
 
 def _claim(record: StudyRecord, content: Mapping[str, Any]) -> Claim:
-    try:
-        found = read(Claim, content)
-    except UserError as error:
-        raise UserError(f"{record.path / 'claims.json'} is damaged: {error}") from None
-    texts = ("says", "where", "first", "second", "measure", "expect", "text")
-    shown = {name: printable(getattr(found, name)) for name in texts}
-    source = found.source and printable(found.source)
-    return Claim(**{**vars(found), **shown, "source": source})
+    with naming(record.path / "claims.json"):
+        return read(Claim, all_printable(content))
 
 
 def _state(state: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
 
@@ -20,7 +19,7 @@ from bnexp.errors import UserError
 from bnexp.nn.find import batchnorm_layers, refuse_meetings, refuse_replicas
 from bnexp.nn.inference import eagerly, inference
 from bnexp.nn.intercept import normalized_by
-from bnexp.ranks import Alone, Ranks, choose_ranks
+from bnexp.ranks import Alone, Ranks, checksum, choose_ranks
 from bnexp.statistics.exact import exact
 from bnexp.statistics.forward import Calls, Forward, Population, Runner, Task, device_of, need_two
 from bnexp.statistics.methods import Method
@@ -211,7 +210,10 @@ def _agree_on_weights(task: Task) -> None:
     """Raise UserError unless all ranks' models have the same parameters."""
     if task.ranks.size == 1:
         return
-    sums = {name: _checksum(p) for name, p in task.model.named_parameters()}
+    sums = {
+        name: (str(p.dtype), tuple(p.shape), checksum([p]))
+        for name, p in task.model.named_parameters()
+    }
     every = task.ranks.gather(sums, "the weights")
     for rank, other in enumerate(every):
         for name in {**every[0], **other}:
@@ -222,11 +224,6 @@ def _agree_on_weights(task: Task) -> None:
                         "of rank 0; load the same weights on all ranks"
                     )
                 )
-
-
-def _checksum(tensor: Tensor) -> tuple[str, tuple[int, ...], int]:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return str(tensor.dtype), tuple(tensor.shape), zlib.crc32(flat.numpy())  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

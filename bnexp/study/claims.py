@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from bnexp.analysis.judged import Judged
 from bnexp.analysis.paired import (
     Differences,
     Verdict,
@@ -15,7 +16,7 @@ from bnexp.analysis.paired import (
     judge_equality,
     paired_differences,
 )
-from bnexp.analysis.words import count, p_value, percent, signed, signed_interval
+from bnexp.analysis.words import count, percent, signed, signed_interval
 from bnexp.config.study import ClaimConfig
 from bnexp.config.yaml_text import Scalar
 from bnexp.errors import UserError, shown
@@ -71,35 +72,6 @@ class Claim:
     @property
     def unit(self) -> str:
         return self.second.measure.unit
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A claim with what came out. `first` and `second` hold a value per seed of `seeds`; the
-    difference is second less first, its interval the 95 % t interval over seeds, `p` that of the
-    paired t test or, for equality, of two one-sided tests. `cells`: experiments a seed's value is
-    the mean of."""
-
-    says: str
-    source: str | None
-    where: str
-    first: str
-    second: str
-    measure: str
-    expect: str
-    verdict: Verdict
-    text: str
-    unit: str
-    difference: float | None
-    interval: tuple[float, float] | None
-    p: float | None
-    seeds: list[int]
-    first_values: list[float | None]
-    second_values: list[float | None]
-    cells: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # ------------------------------------------------------------------------ what is claimed
@@ -465,9 +437,3 @@ def _at_text(claim: Claim) -> str:
         return ""
     at = claim.second.at
     return f" at step {count(int(at))}" if at >= 1 else f" at {percent(at, 0)} of the run"
-
-
-def verdict_line(judged: Judged) -> str:
-    """One line for a terminal."""
-    p = "" if judged.p is None else f", {p_value(judged.p)}"
-    return f"{judged.verdict}: {judged.says} ({judged.text}{p})"

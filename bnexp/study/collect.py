@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bnexp.analysis.judged import Judged
 from bnexp.errors import UserError
 from bnexp.records import Run
 from bnexp.records.files import read_bytes
 from bnexp.records.study import StudyRecord, to_csv
-from bnexp.study.claims import Claim, Judged, judge, undecided
+from bnexp.study.claims import Claim, judge, undecided
 from bnexp.study.file import COLUMNS, Study, text_of
 from bnexp.study.grid import Point, Training
 from bnexp.study.measures import Experiment

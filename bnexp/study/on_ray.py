@@ -19,6 +19,7 @@ from bnexp.config import Config, resolve
 from bnexp.config.study import ResourcesConfig
 from bnexp.config.yaml_text import parse_yaml
 from bnexp.errors import RunFailed, UserError
+from bnexp.importing import require_extra
 from bnexp.records.experiment import is_run
 from bnexp.study.jobs import Ended, Job, Watcher
 from bnexp.study.parcel import pack, unpack
@@ -29,7 +30,6 @@ ANSWER_SECONDS = 60.0
 ROOM_SECONDS = 300.0
 """How long a study waits for a node that could take its tasks, when there is none."""
 END_SECONDS = 120.0
-_INSTALL = "--ray needs Ray: pip install 'bnexp[ray]'"
 
 
 class Mailbox:
@@ -67,7 +67,9 @@ def run_on_ray(
 ) -> None:
     """Run `jobs` on the cluster at `address` (`auto`: the one of this machine). UserError, before
     anything is begun, where there is no Ray, no cluster, or no room in it."""
-    ray = _import_ray()
+    require_extra("ray", "--ray")
+    import ray
+
     with _connected(ray, address):
         if not _has_room(ray, resources):
             raise UserError(
@@ -75,14 +77,6 @@ def run_on_ray(
                 "GPUs, as the study's resources ask for"
             )
         _Cluster(ray, resources, watcher).run(jobs)
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise UserError(_INSTALL) from None
-    return ray
 
 
 @contextlib.contextmanager
@@ -138,7 +132,6 @@ class _Cluster:
         self._data: dict[tuple, Any] = {}
         self._running: dict[Any, Job] = {}
         self._attempts: dict[str, int] = {}
-        self._folders: dict[str, Path] = {}
         self._room = time.monotonic()
 
     def run(self, jobs: Sequence[Job]) -> None:

@@ -7,23 +7,24 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from bnexp.analysis.judged import Judged
 from bnexp.config.yaml_text import parse_yaml
 from bnexp.errors import Interrupted, UserError
 from bnexp.importing import require_extra
 from bnexp.records.making import place, staged
 from bnexp.records.study import StudyRecord, all_studies, create_study
-from bnexp.study.claims import Claim, Judged, claims_of
+from bnexp.study.claims import Claim, claims_of
 from bnexp.study.collect import collect, experiments_of, summary
 from bnexp.study.file import Study, make_study, text_of
 from bnexp.study.grid import Point, Training, points_of, trainings_of
 from bnexp.study.jobs import Ended, Job, Watcher
+from bnexp.training.signals import SIGNALS, handled
 
 COLLECT_SECONDS = 20.0
 """How often the results are written while experiments run, at most."""
@@ -243,7 +244,7 @@ class _Study:
         if progress.found:
             self._display.line(f"{progress.found} of {progress.total} trainings are done already")
         self._write_state("running")
-        with _Signals(self):
+        with handled(SIGNALS, lambda *_: self.ask_to_stop()):
             try:
                 if jobs:
                     engine(jobs, self)
@@ -346,26 +347,6 @@ def _has_ended(run: Any) -> bool:
     except UserError:  # a damaged state.json is written anew when it goes on
         return False
     return state["state"] == "finished" or state["diverged"]
-
-
-class _Signals:
-    """Lets SIGINT, SIGTERM and SIGHUP ask a study to end; what was ignored stays ignored."""
-
-    def __init__(self, study: _Study) -> None:
-        self._study = study
-        self._former: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._former[number] = signal.signal(number, self._ask)
-
-    def _ask(self, *_: object) -> None:
-        self._study.ask_to_stop()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
 
 
 def step_of(job: Job) -> int:

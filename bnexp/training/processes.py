@@ -12,7 +12,6 @@ import copy
 import os
 import traceback
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntFlag
@@ -29,7 +28,7 @@ from bnexp.data.sampling import EVERYTHING, Share
 from bnexp.device import resolve_device
 from bnexp.errors import ExpectationNotMet, RunFailed, UserError
 from bnexp.nn import normalize_across
-from bnexp.ranks import Alone, Ranks, TorchRanks
+from bnexp.ranks import Alone, Ranks, TorchRanks, checksum
 from bnexp.statistics.across import AcrossRanks
 from bnexp.training.display import Display
 from bnexp.training.schedule import CheckpointClock
@@ -152,11 +151,8 @@ class Processes:
         """RunFailed unless all ranks have the same bits of parameters and buffers."""
         if self.collectives is None:
             return
-        crc = 0
-        for tensor in (*model.parameters(), *model.buffers()):
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            crc = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), crc)
-        if len(set(self.ranks.gather(crc, f"the state after step {step}"))) > 1:
+        mine = checksum((*model.parameters(), *model.buffers()))
+        if len(set(self.ranks.gather(mine, f"the state after step {step}"))) > 1:
             raise self.ranks.common(
                 RunFailed(f"the processes no longer have the same weights after step {step}")
             )

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
+
+
+@contextlib.contextmanager
+def handled(signals: Iterable[signal.Signals], handler: Handler) -> Iterator[None]:
+    """A block in which `handler` has these signals. What was ignored before (under nohup, or for a
+    background job) stays ignored. No effect but in the main thread."""
+    former: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):
+        for number in signals:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                former[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for restored, before in former.items():
+            signal.signal(restored, before)
 
 
 class Interruption:
     """True once one of `signals` has come; the second one raises KeyboardInterrupt at once.
 
-    A context manager that puts the former handlers back. A signal that was ignored before (under
-    nohup, or for a background job) stays ignored. Outside of the main thread no signal is handled.
+    A context manager, within which the signals are `handled` so.
     """
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
         self._signals = signals
-        self._former: dict[int, object] = {}
+        self._stack = contextlib.ExitStack()
         self._requested = False
         self._wait_for_step = True
 
     def __enter__(self) -> Interruption:
-        with contextlib.suppress(ValueError):  # not the main thread
-            for number in self._signals:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._former[number] = signal.signal(number, self._request)
+        self._stack.enter_context(handled(self._signals, self._request))
         return self
 
     def _request(self, number: int, frame: FrameType | None) -> None:
@@ -42,22 +58,7 @@ class Interruption:
             raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._stack.close()
 
     def __bool__(self) -> bool:
         return self._requested
-
-
-@contextlib.contextmanager
-def ignored(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """A block, of an instant, that these signals don't interrupt. No effect but in the main
-    thread."""
-    former: dict[int, object] = {}
-    with contextlib.suppress(ValueError):
-        former |= {number: signal.signal(number, signal.SIG_IGN) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
