@@ -124,6 +124,7 @@ def table(results: dict[str, list[Result]], baseline: str) -> str:
 
 
 def main() -> None:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="fewer than the epoch's 468, to try it out")

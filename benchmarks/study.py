@@ -53,6 +53,7 @@ print(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def main() -> None:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--steps", type=int, default=600)
