@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -33,31 +34,28 @@ def config(bnexp):
     return "several.yaml"
 
 
-def processes_of(folder: Path) -> dict[int, list[str]]:
-    """Pid -> RANK of the processes that work in `folder` and have one."""
+def processes_of(folder: Path) -> dict[int, int]:
+    """Pid -> that of the parent, of the processes that work in `folder`."""
     found = {}
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            if Path(os.readlink(entry / "cwd")) != folder:
-                continue
-            environment = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if ranks := [e.decode() for e in environment if e.startswith(b"RANK=")]:
-            found[int(entry.name)] = ranks
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if Path(os.readlink(entry / "cwd")) == folder:
+                    status = (entry / "stat").read_text().rpartition(")")[2].split()
+                    found[int(entry.name)] = int(status[1])
     return found
 
 
 def under_way(bnexp, config):
-    """A training of two processes that has made its first checkpoints: command, record, pids."""
+    """A training of two processes that has made its first checkpoints: command, record, and the
+    pids of the ranks, which are forked in their order from a child of the command."""
     command = bnexp.start("train", config, LONG, "--processes", 2)
     run = Run(bnexp.cwd / "runs" / "several-1")
     wait_for(lambda: list(run.checkpoints.glob("step-*.pt")), 240)
-    by_rank = {ranks[0]: pid for pid, ranks in processes_of(bnexp.cwd).items()}
-    assert len(by_rank) == 2
-    return command, run, [by_rank["RANK=0"], by_rank["RANK=1"]]
+    parents = processes_of(bnexp.cwd)
+    pids = sorted(pid for pid, parent in parents.items() if parents.get(parent) in parents)
+    assert len(pids) == 2
+    return command, run, pids
 
 
 def test_two_processes_print_once_and_one_goes_on(bnexp, config):
@@ -75,7 +73,7 @@ def test_two_processes_print_once_and_one_goes_on(bnexp, config):
     assert done.code == 0, done.stderr
     assert "the run had 2 processes and goes on with 1" in done.stderr
     assert run.steps()["step"].tolist() == list(range(1, 21))
-    assert not processes_of(bnexp.cwd)
+    wait_for(lambda: not processes_of(bnexp.cwd), 20)
 
 
 def test_ctrl_c_ends_all_with_a_checkpoint_and_130(bnexp, config):
@@ -89,7 +87,7 @@ def test_ctrl_c_ends_all_with_a_checkpoint_and_130(bnexp, config):
     state = run.state
     assert state["state"] == "interrupted"
     assert len(run.steps()["step"]) == state["step"]
-    assert not processes_of(bnexp.cwd)
+    wait_for(lambda: not processes_of(bnexp.cwd), 20)
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -101,7 +99,7 @@ def test_kill_9_of_a_process_ends_the_others_and_the_run_resumes(bnexp, config, 
     assert f"bnexp: process {culprit} was killed (SIGKILL)" in done.stderr
     assert "Traceback" not in done.stderr
     assert run.state["state"] in (["killed"] if culprit == 0 else ["failed", "interrupted"])
-    assert not processes_of(bnexp.cwd)
+    wait_for(lambda: not processes_of(bnexp.cwd), 20)
     step = run.state["step"]
     done = bnexp("train", "--resume", run.path, f"training.steps={step + 5}")
     assert done.code == 0, done.stderr

@@ -21,6 +21,7 @@ from bnexp.ranks import Alone, Ranks, started_by_launcher
 TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
 _ENDS = (1, 2, 3, 130)
+_PRELOADED = ["bnexp.cli.train", "bnexp.experiment", "torch.distributed"]
 
 
 def is_silent() -> bool:
@@ -31,11 +32,15 @@ def is_silent() -> bool:
 def start_processes(count: int) -> NoReturn:
     """Run this command in `count` processes, by torch's elastic agent, and exit as they do.
 
-    Each has an equal share of the cores for its threads, unless OMP_NUM_THREADS is set.
+    Each has an equal share of the cores for its threads, unless OMP_NUM_THREADS is set. They are
+    forked from a process that imports torch while this one does.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
 
+    from bnexp.forking import importing  # Unix alone, as is the way that these are started
+
+    importing(_PRELOADED)
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -51,10 +56,11 @@ def start_processes(count: int) -> NoReturn:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             monitor_interval=0.1,
+            start_method="forkserver",
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "bnexp", *sys.argv[1:])
+            elastic_launch(config, _run_command)(sys.argv[1:])
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             killed = {rank: -code for rank, code in codes.items() if code < 0}
@@ -65,6 +71,15 @@ def start_processes(count: int) -> NoReturn:
         except SignalException:
             sys.exit(Interrupted.exit_code)
     sys.exit(0)
+
+
+def _run_command(words: list[str]) -> None:
+    from bnexp.cli import main
+    from bnexp.forking import end_with_parent
+
+    end_with_parent()
+    sys.argv = ["bnexp", *words]
+    main()
 
 
 @contextlib.contextmanager

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
-from multiprocessing.process import parent_process
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from bnexp.config.study import ResourcesConfig
 from bnexp.errors import UserError
+from bnexp.forking import end_with_parent, importing
 from bnexp.study.jobs import Ended, Job, Watcher
 
 ATTEMPTS = 3
@@ -75,8 +73,7 @@ def run_local(
     A process that is killed is begun again, and goes on from its checkpoint, `ATTEMPTS` times in
     all.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context = importing(_PRELOADED)
     waiting = list(jobs)
     devices = _devices(resources, workers)
     running: list[_Running] = []
@@ -146,7 +143,9 @@ def _next(waiting: Sequence[Job], running: Sequence[_Running]) -> Job | None:
     return next((job for job in waiting if job.data not in reading), None)
 
 
-def _start(context, job: Job, slot: int, environment: dict[str, str]) -> _Running:
+def _start(
+    context: ForkServerContext, job: Job, slot: int, environment: dict[str, str]
+) -> _Running:
     ours, theirs = context.Pipe(duplex=False)
     log = job.folder.with_name(f"{job.folder.name}.log")
     process = context.Process(
@@ -199,15 +198,8 @@ def _main(job: Job, answer: Connection, log: Path, environment: dict[str, str]) 
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     for stream in (1, 2):
         os.dup2(handle, stream)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     from bnexp.study.worker import run_job
 
     answer.send(run_job(job))
     answer.close()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
