@@ -130,7 +130,7 @@ def _print_plan(plan: Plan, workers: int, as_json: bool) -> None:
     console.print(table)
     console.print(Text(f"\n{plan.study.config.name}: {plan.sentence}."), soft_wrap=True)
     console.print(
-        f"About {_time(seconds)} with {workers} at a time, from a few steps measured just now. "
+        f"{_about(seconds)} with {workers} at a time, from a few steps measured just now. "
         "Nothing was written.",
         soft_wrap=True,
     )
@@ -221,6 +221,10 @@ def _picture(progress: Progress) -> Group:
             Text(printable(job.label)), f"step {step:,}" if step else "starting", _time(now - since)
         )
     return Group(table, Text(_counts(progress)))
+
+
+def _about(seconds: float) -> str:
+    return f"About {_time(seconds)}" if seconds >= 1 else "Less than a second"
 
 
 def _time(seconds: float) -> str:

@@ -160,7 +160,7 @@ def identity(config: Config, free: bool = False) -> str:
         tree["model"]["weights"] = _contents(config.model.weights)
     if free:
         del tree["statistics"]["estimators"]
-        if _reads_no_averages(config):
+        if reader_of_averages(config) is None:
             del tree["statistics"]["decay"]
     text = json.dumps(tree, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -176,24 +176,25 @@ def _contents(path: str) -> str:
         return path
 
 
-def _reads_no_averages(config: Config) -> bool:
-    """Whether the running averages decide nothing but the rows of their own condition.
+def reader_of_averages(config: Config) -> str | None:
+    """The setting by which the running averages decide more than the rows of their own condition.
 
     Training reads them when they are frozen, and in normalizations that go by them; early stopping
     and the best checkpoint go by evaluations under them; and only they are looked at on training
     and validation images, beside averaged weights, and by statistics that adapt them.
     """
-    return (
-        config.model.norm in ("batch", "none")
-        and config.statistics.freeze_from_step is None
-        and not config.statistics.adapted
-        and config.training.averages.ema is None
-        and config.training.averages.swa is None
-        and config.training.early_stopping is None
-        and config.data.val_fraction == 0
-        and config.checkpoints.best == "best"
-        and not config.test.train_accuracy
-    )
+    readers = {
+        "model.norm": config.model.norm not in ("batch", "none"),
+        "statistics.freeze_from_step": config.statistics.freeze_from_step is not None,
+        "statistics.adapted": bool(config.statistics.adapted),
+        "training.averages.ema": config.training.averages.ema is not None,
+        "training.averages.swa": config.training.averages.swa is not None,
+        "training.early_stopping": config.training.early_stopping is not None,
+        "data.val_fraction": config.data.val_fraction != 0,
+        "checkpoints.best": config.checkpoints.best != "best",
+        "test.train_accuracy": config.test.train_accuracy,
+    }
+    return next((name for name, reads in readers.items() if reads), None)
 
 
 def _alone(group: Sequence[Point]) -> Training:

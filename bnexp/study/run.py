@@ -22,7 +22,7 @@ from bnexp.records.study import StudyRecord, all_studies, create_study
 from bnexp.study.claims import Claim, claims_of
 from bnexp.study.collect import collect, experiments_of, summary
 from bnexp.study.file import Study, make_study, text_of
-from bnexp.study.grid import Point, Training, points_of, trainings_of
+from bnexp.study.grid import Point, Training, points_of, reader_of_averages, trainings_of
 from bnexp.study.jobs import Ended, Job, Watcher
 from bnexp.training.signals import SIGNALS, handled
 
@@ -71,7 +71,7 @@ class Plan:
             f"combination{'s' * (combinations != 1)}, {seeds} seed{'s' * (seeds != 1)})"
         )
         if len(self.trainings) == len(self.points):
-            return f"{what}, a training each"
+            return f"{what}, a training each{self._unfolded}"
         folded = [
             axis.name
             for axis in self.study.axes
@@ -83,7 +83,21 @@ class Plan:
         return (
             f"{what}: {len(self.trainings)} trainings instead of {len(self.points)}, since "
             f"{' and '.join(folded)} change{'s' * (len(folded) == 1)} nothing that training reads"
+            f"{self._unfolded}"
         )
+
+    @property
+    def _unfolded(self) -> str:
+        """Why trainings of different decays are not one, where there are such."""
+        decays: dict[str, set[float]] = {}
+        for config in (training.config for training in self.trainings):
+            if reader := reader_of_averages(config):
+                decays.setdefault(reader, set()).add(config.statistics.decay)
+        readers = [reader for reader, found in decays.items() if len(found) > 1]
+        if not readers:
+            return ""
+        go = "goes" if len(readers) == 1 else "go"
+        return f"; decays are trained apart, since {' and '.join(readers)} {go} by running averages"
 
 
 def plan_study(study: Study, fold: bool = True) -> Plan:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from bnexp.condition import Condition
@@ -52,6 +54,8 @@ seeds: 1
 def test_decays_that_decide_something_are_not_folded(override):
     plan = plan_of(SMALL + DECAYS, override)
     assert len(plan.trainings) == len(plan.points)
+    key = re.match(r"[a-z]+\.[a-z_]+", override).group()
+    assert f"decays are trained apart, since {key}" in plan.sentence
 
 
 def test_identical_experiments_are_run_once():
