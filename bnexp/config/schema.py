@@ -111,6 +111,8 @@ class DataConfig(Section):
     """How mini-batches are put together."""
     corruption: CorruptionConfig | None = None
     """What is done to the test images, and to them alone; null: nothing."""
+    binary: bool = False
+    """Every value becomes black or white, white from half of it on; not for image-folder."""
 
     @field_validator("root")
     @classmethod

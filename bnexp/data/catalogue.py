@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +56,25 @@ def load_data(settings: DataSettings, *, seed: int, device: torch.device | str) 
     """
     device = torch.device(device)
     if settings.name == "image-folder":
+        if settings.binary:
+            raise UserError(
+                "data.binary: the images of a folder are read as they are; make its files binary"
+            )
         return load_image_folder(settings, seed, device)
     if settings.name not in _ARRAYS:
         near = difflib.get_close_matches(settings.name.lower(), DATA_SETS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(DATA_SETS)}"
         raise UserError(f"data.name: no data set is called {settings.name!r}; {hint}")
 
-    return data_of(_ARRAYS[settings.name](settings.root), settings, seed, device)
+    arrays = _ARRAYS[settings.name](settings.root)
+    return data_of(_binary(arrays) if settings.binary else arrays, settings, seed, device)
+
+
+def _binary(arrays: files.Arrays) -> files.Arrays:
+    train, test = (
+        (images >= 128) * np.uint8(255) for images in (arrays.train_images, arrays.test_images)
+    )
+    return replace(arrays, train_images=train, test_images=test)
 
 
 def data_of(arrays: files.Arrays, settings: DataSettings, seed: int, device: torch.device) -> Data:

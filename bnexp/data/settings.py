@@ -46,5 +46,7 @@ class DataSettings:
     """Training batches hold images of so many classes each; None for whatever comes."""
     corruption: Corruption | None = None
     """What is done to the test images."""
+    binary: bool = False
+    """Every value becomes 0 or 255, whichever is nearer; not for a folder of images."""
     split_by_number: bool = False
     """Set a folder's test images apart as runs did that kept no record of their data."""

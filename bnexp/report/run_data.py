@@ -144,7 +144,7 @@ def _setup(config: Mapping[str, Any]) -> Setup:
 
 def _data(config: Mapping[str, Any]) -> str:
     worse = config.get("corruption")
-    name = str(config["name"])
+    name = ("binary " if config.get("binary") else "") + str(config["name"])
     return f"{name} with {worse['name']} {worse['severity']} in testing" if worse else name
 
 

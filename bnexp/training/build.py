@@ -145,6 +145,7 @@ def data_settings(config: DataConfig) -> DataSettings:
         limit_test=config.limit.test,
         classes_per_batch=config.batches.classes,
         corruption=Corruption(worse.name, worse.severity) if worse else None,
+        binary=config.binary,
     )
 
 

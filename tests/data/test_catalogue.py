@@ -39,6 +39,22 @@ def pixels_of(data, split) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- digits
 
 
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_binary_images_are_black_and_white_from_half_of_the_brightest_on(part):
+    grey, binary = load(val_fraction=0.2), load(val_fraction=0.2, binary=True)
+    before, after = pixels_of(grey, getattr(grey, part)), pixels_of(binary, getattr(binary, part))
+    np.testing.assert_array_equal(after, np.where(before < 128, 0, 255))
+    assert np.unique(after).tolist() == [0, 255]
+    share = (pixels_of(binary, binary.train) == 255).mean()
+    assert binary.info.mean == pytest.approx([share], rel=1e-6)
+    assert binary.fingerprint["splits"][part] != grey.fingerprint["splits"][part]
+
+
+def test_folders_are_not_made_binary():
+    with pytest.raises(UserError, match=r"data\.binary"):
+        load("image-folder", root=Path(), binary=True)
+
+
 def test_digits_are_scikit_learns():
     data = load()
     assert (len(data.train), len(data.test), data.val) == (1297, 500, None)
