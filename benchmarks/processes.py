@@ -160,7 +160,8 @@ def work(job: dict) -> None:
         training = build_training(config, torch.device("cpu"), ranks=ranks)
         training.state.model.train()
         batches = training.data.train.training_batches(BATCH, share=training.processes.share)
-        return training, training.processes.parallel(training.state.model), batches
+        model = training.state.model
+        return training, model if job["size"] == 1 else training.processes.parallel(model), batches
 
     collectives = Collectives(ranks, torch.device("cpu")) if job["size"] > 1 else None
     jobs: dict[str, Callable[[int], None]] = {
@@ -245,22 +246,28 @@ def exchanges(options: argparse.Namespace) -> None:
 
 
 def steps(options: argparse.Namespace) -> None:
-    two = Group(2, 1, options.processor_time)
-    for kind in range(3):
-        two.seconds("steps", kind)  # warms up
+    one, two = Group(1, 2, options.processor_time), Group(2, 1, options.processor_time)
     found: dict[int, list[float]] = {0: [], 1: [], 2: []}
-    for _ in range(options.rounds):
-        for kind, times in found.items():
-            times.append(50 * two.seconds("steps", kind))
+    alone = []
+    for number in range(options.rounds + 1):
+        by_one = 50 * one.seconds("steps", 0)
+        by_two = {kind: 50 * two.seconds("steps", kind) for kind in found}
+        if number:  # the first warms up
+            alone.append(by_one)
+            for kind, times in found.items():
+                times.append(by_two[kind])
+    one.close()
     two.close()
     print(f"\n## A step of two ranks (small CNN, 28 × 28 pixels, mini-batches of {BATCH})\n")
     print("| | milliseconds |\n| --- | ---: |")
+    print(f"| one process of two threads | {quartiles(alone, 1)} |")
     print(f"| BN over the whole mini-batch, gradients told | {quartiles(found[0], 1)} |")
     print(f"| BN over each rank's part, gradients told | {quartiles(found[1], 1)} |")
     print(f"| BN over each rank's part, nothing told | {quartiles(found[2], 1)} |")
-    told, apart, silent = (statistics.median(found[kind]) for kind in range(3))
+    told, apart, silent = (statistics.median(found[kind]) for kind in found)
     print(f"\nShare of the exchanges of BN layers {(told - apart) / told:.0%}, ", end="")
-    print(f"of the gradients {(apart - silent) / told:.0%}.")
+    print(f"of the gradients {(apart - silent) / told:.0%}; ", end="")
+    print(f"a step takes {told / statistics.median(alone):.2f} of the one process's.")
 
 
 def train(options: argparse.Namespace) -> None:

@@ -236,6 +236,7 @@ def test_timm_checkpoint_with_an_average(bnexp):
             "say which images with labels, to test on: --test",
         ),
         (("audit", "torchvision/resnet18", "--population", "x", "--test", "y"), "random weights"),
+        (("audit", "torchvision/resnet19", "--population", "x", "--test", "y"), "did you mean"),
         ((*AUDIT, "--mend", "her.ckpt"), "--mend her.ckpt exists"),
         ((*AUDIT, "--key", "ema"), "no tensors under 'ema'; there: 'model_state_dict'"),
         ((*AUDIT, "data.btch_size=3"), "did you mean batch_size"),

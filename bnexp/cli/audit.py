@@ -149,12 +149,12 @@ def _model(config: AuditConfig, say: Any) -> tuple[nn.Module, Checkpoint | None,
 
     wanted, arguments = config.model, dict(config.model.arguments)
     from_library = wanted.name.startswith(("torchvision/", "timm/"))
+    model = open_model(wanted.name, arguments)
     if wanted.weights is None:
         if from_library:
             raise UserError(f"{wanted.name} has random weights: say which are judged (--weights)")
-        return open_model(wanted.name, arguments), None, None
+        return model, None, None
     checkpoint = read_checkpoint(wanted.weights)
-    model = open_model(wanted.name, arguments)
     found = match(checkpoint, model, wanted.key)
     classes = number_of_classes(found)
     if classes is not None and from_library and "num_classes" not in arguments:

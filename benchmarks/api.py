@@ -1,0 +1,115 @@
+"""`exact` and `pooled` as users of the API call them: with the allocator as it is, few batches too.
+
+    python benchmarks/api.py [--rounds N] [--only NAME ...]
+
+Prints Markdown: times against fvcore's `update_bn_stats` on the same batches in one process, in
+turns, as medians of the ratios of wall and of processor time in a round; and peak memory beyond
+what was there before, each in a process of its own. Networks are torchvision's, random images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the bnexp command has it
+
+import recompute
+import torch
+import torchvision
+from torch import nn
+
+from bnexp.statistics import recompute_statistics
+
+
+def _random(count: int, pixels: int, size: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randn(count, 3, pixels, pixels, generator=generator).split(size))
+
+
+def _small_cnn() -> tuple[nn.Module, list[torch.Tensor]]:
+    batches = recompute.split(recompute.images(8000), 128, torch.device("cpu"))
+    return recompute.small_cnn(), batches
+
+
+def _network(name: str, count: int, pixels: int, size: int) -> tuple[nn.Module, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    return getattr(torchvision.models, name)().eval(), _random(count, pixels, size)
+
+
+CASES: dict[str, Callable[[], tuple[nn.Module, list[torch.Tensor]]]] = {
+    "small CNN, 8,000 images in batches of 128": _small_cnn,
+    "ResNet-18, 256 images of 96 px in batches of 32": lambda: _network("resnet18", 256, 96, 32),
+    "ResNet-50, 3 batches of 16 at 128 px": lambda: _network("resnet50", 48, 128, 16),
+    "EfficientNet-B0, 4 batches of 16 at 160 px": lambda: _network("efficientnet_b0", 64, 160, 16),
+}
+WAYS: dict[str, Callable] = {
+    "fvcore": recompute.by_fvcore,
+    "exact": lambda model, batches: recompute_statistics(model, batches, "exact"),
+    "pooled": lambda model, batches: recompute_statistics(model, batches, "pooled"),
+}
+
+
+def took(way: str, model: nn.Module, batches: list) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    WAYS[way](model, batches)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def peak(case: str, way: str) -> int:
+    """Bytes beyond what the process held before. To be called in a process of its own."""
+    model, batches = CASES[case]()
+    with torch.inference_mode():
+        model(batches[0][:2])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = recompute._status("VmRSS")
+    WAYS[way](model, batches)
+    return recompute._status("VmHWM") - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if arguments.peak:
+        print(peak(*arguments.peak))
+        return
+    print("| | of fvcore's wall time | of its processor time | memory, MiB | fvcore's |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for case in arguments.only:
+        model, batches = CASES[case]()
+        rounds: list[dict[str, tuple[float, float]]] = []
+        for number in range(arguments.rounds + 1):
+            ways = list(WAYS)[:: 1 if number % 2 else -1]
+            rounds.append({way: took(way, model, batches) for way in ways})
+        del model, batches
+        memory = {}
+        for way in WAYS:
+            command = [sys.executable, __file__, "--peak", json.dumps([case, way])]
+            found = subprocess.run(command, check=True, capture_output=True, text=True)
+            memory[way] = int(found.stdout.split()[-1]) / 2**20
+        for way in ("exact", "pooled"):
+            cells = []
+            for kind in range(2):
+                ratios = sorted(r[way][kind] / r["fvcore"][kind] for r in rounds[1:])
+                cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})")
+            print(
+                f"| `{way}`, {case} | {' | '.join(cells)} | {memory[way]:.0f} "
+                f"| {memory['fvcore']:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
