@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bnexp.performance import keep_freed_memory
 
-if "--plain-malloc" not in sys.argv:
+if __name__ == "__main__" and "--plain-malloc" not in sys.argv:
     keep_freed_memory()
 
 import numpy as np

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,9 +79,18 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` calls forward hooks of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def without_function_modes() -> AbstractContextManager:
+    """Within the block no function mode, nor any subclass of Tensor, is asked what to do."""
+    return torch._C.DisableTorchFunction()
 
 
 def function_modes() -> tuple[Any, ...]:

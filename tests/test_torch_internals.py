@@ -20,6 +20,7 @@ from bnexp.torch_internals import (
     original_module,
     outside_of_graphs,
     version,
+    versions,
 )
 
 
@@ -75,6 +76,7 @@ def test_version_counts_writes_through_views_but_not_through_data():
     assert version(tensor) > before[0] and version(apart) == before[1]
     apart.add_(1)
     assert version(apart) > before[1]
+    assert versions([tensor, apart]) == [version(tensor), version(apart)]
 
 
 def test_has_hooks():
@@ -153,6 +155,15 @@ def test_function_modes_are_taken_off_and_put_on():
         torch.zeros(1)
         assert (outer.calls, mode.calls) == (3, 2)
     assert internals.function_modes() == ()
+
+
+def test_without_function_modes_none_is_asked():
+    class Mode(Counting, TorchFunctionMode):
+        pass
+
+    with Mode() as mode, internals.without_function_modes():
+        torch.zeros(1).data_ptr()
+    assert mode.calls == 0
 
 
 def test_the_default_device_is_put_back():
