@@ -1,4 +1,4 @@
-"""Data sets as files that can be sent to a machine that lacks them."""
+"""Data sets and weights as files that can be sent to a machine that lacks them."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ def shipment(name: str, root: Path | None) -> Shipment | None:
             "them there, where data.root says"
         )
     return Shipment({key: path.read_bytes() for key, path in found.items()})
+
+
+def weights_shipment(path: Path) -> Shipment:
+    """A file of weights, to be sent. UserError where it can't be read."""
+    try:
+        return Shipment({path.name: path.read_bytes()})
+    except OSError as error:
+        raise UserError(f"model.weights: {path} can't be read ({error.strerror})") from None
 
 
 def _found(name: str, root: Path | None) -> dict[str, Path] | None:

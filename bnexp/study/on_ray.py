@@ -13,9 +13,10 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnexp.config import Config, resolve
+from bnexp.config.schema import TORCHVISION_WEIGHTS
 from bnexp.config.study import ResourcesConfig
 from bnexp.config.yaml_text import parse_yaml
 from bnexp.errors import RunFailed, UserError
@@ -23,6 +24,9 @@ from bnexp.importing import require_extra
 from bnexp.records.experiment import is_run
 from bnexp.study.jobs import Ended, Job, Watcher
 from bnexp.study.parcel import pack, unpack
+
+if TYPE_CHECKING:
+    from bnexp.data.shipping import Shipment
 
 ATTEMPTS = 5
 TICK_SECONDS = 0.25
@@ -130,6 +134,7 @@ class _Cluster:
             num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0
         )
         self._data: dict[tuple, Any] = {}
+        self._weights: dict[str, Any] = {}
         self._running: dict[Any, Job] = {}
         self._attempts: dict[str, int] = {}
         self._room = time.monotonic()
@@ -162,9 +167,9 @@ class _Cluster:
         config = resolve(parse_yaml(job.config, job.key), [], job.key)
         record = pack(job.folder) if is_run(job.folder) else None
         parcel = None if record is None else self._ray.put(record)
-        data = self._data_of(config)
+        files = [self._data_of(config), self._weights_of(config)]
         # References within a list are passed on as they are: a node fetches what it lacks.
-        reference = self._task.remote(job, [parcel], [data], self._mailbox)
+        reference = self._task.remote(job, [parcel], files, self._mailbox)
         self._running[reference] = job
 
     def _data_of(self, config: Config) -> Any:
@@ -176,6 +181,17 @@ class _Cluster:
             found = shipment(config.data.name, config.data.root)
             self._data[key] = None if found is None else self._ray.put(found)
         return self._data[key]
+
+    def _weights_of(self, config: Config) -> Any:
+        """A reference to the file of weights that `config` starts from, put there once."""
+        from bnexp.data.shipping import weights_shipment
+
+        given = config.model.weights
+        if given is None or TORCHVISION_WEIGHTS.fullmatch(given):
+            return None
+        if given not in self._weights:
+            self._weights[given] = self._ray.put(weights_shipment(Path(given)))
+        return self._weights[given]
 
     def _read_mail(self, by_key: dict[str, Job]) -> None:
         try:
@@ -232,7 +248,7 @@ class _Cluster:
 
 
 def _train(
-    job: Job, parcel: list[Any], data: list[Any], mailbox: Any
+    job: Job, parcel: list[Any], files: list[Any], mailbox: Any
 ) -> tuple[Ended, bytes | None]:
     """The task: train in a folder of this machine, and send the record."""
     import dataclasses
@@ -249,7 +265,7 @@ def _train(
         folder = Path(place) / job.key
         if parcel[0] is not None:
             unpack(ray.get(parcel[0]), folder)
-        config = _with_data(resolve(parse_yaml(job.config, job.key), [], job.key), data[0])
+        config = _with_files(resolve(parse_yaml(job.config, job.key), [], job.key), *files)
         ended = threading.Event()
         sender = threading.Thread(
             target=_send_checkpoints, args=(job.key, folder, mailbox, ended), daemon=True
@@ -267,7 +283,7 @@ def _train(
             sender.join(ANSWER_SECONDS)
         if not is_run(folder):
             return found, None
-        (folder / "config.yaml").write_text(job.config)  # with the data where the study has them
+        (folder / "config.yaml").write_text(job.config)  # with the files where the study has them
         return found, pack(folder)
 
 
@@ -291,20 +307,33 @@ def _send_checkpoints(key: str, folder: Path, mailbox: Any, ended: Any) -> None:
             continue
 
 
-def _with_data(config: Config, data: Any) -> Config:
-    """`config` with its data on this node: where they are, or sent here, once."""
+def _with_files(config: Config, data: Any, weights: Any) -> Config:
+    """`config` with its data on this node, where they are or sent here, and with its weights."""
+    import ray
+
+    from bnexp.data.shipping import is_here
+
+    if data is not None and not is_here(config.data.name, config.data.root):
+        root = _placed(ray.get(data))
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
+    if weights is not None:  # a file of that name may be here, and another one
+        shipped = ray.get(weights)
+        (name,) = shipped.contents
+        path = str(_placed(shipped) / name)
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"weights": path})}
+        )
+    return config
+
+
+def _placed(shipped: Shipment) -> Path:
+    """The folder on this node that has these files, which all that want them share."""
     import getpass
     import tempfile
 
-    import ray
-
     from bnexp.atomic import write_atomically
-    from bnexp.data.shipping import is_here
     from bnexp.records.making import place, staged
 
-    if data is None or is_here(config.data.name, config.data.root):
-        return config
-    shipped = ray.get(data)
     parent = Path(tempfile.gettempdir()) / f"bnexp-data-{getpass.getuser()}"
     root = parent / shipped.digest
     if not root.exists():
@@ -313,4 +342,4 @@ def _with_data(config: Config, data: Any) -> Config:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(staging / name, content)
             place(staging, [root])
-    return config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
+    return root

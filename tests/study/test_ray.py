@@ -14,6 +14,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'bnex
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from bnexp.cli.export import run_export  # noqa: E402
 from bnexp.config.study import ResourcesConfig  # noqa: E402
 from bnexp.data import shipping  # noqa: E402
 from bnexp.errors import Interrupted, UserError  # noqa: E402
@@ -140,6 +141,30 @@ def test_data_are_sent_to_a_node_that_lacks_them(cluster, tmp_path, monkeypatch)
     assert found.states == {"finished": 1}, found.failed
     (folder,) = found.record.experiments.iterdir()
     assert str(data) in (folder / "config.yaml").read_text()
+
+
+def test_weights_are_sent_to_a_node_that_lacks_them(cluster, tmp_path, monkeypatch):
+    """Another file lies where they were once they have been put into the cluster."""
+    weights = tmp_path / "given.pt"
+    first = run_study(plan_of(SMALL + "seeds: 1"), local, 1, Silent(), runs=tmp_path / "first")
+    (folder,) = first.record.experiments.iterdir()
+    run_export(str(folder), weights, None, None, None, tmp_path)
+    original = shipping.weights_shipment
+
+    def ship_then_exchange(path):
+        found = original(path)
+        path.write_bytes(b"other contents")
+        return found
+
+    text = SMALL.replace("model: {", f"model: {{weights: {weights}, ") + "seeds: 1"
+    plan = plan_of(text)
+    here = run_study(plan, local, 1, Silent(), runs=tmp_path / "here")
+    monkeypatch.setattr(shipping, "weights_shipment", ship_then_exchange)
+    there = run_study(plan, on_ray, 1, Silent(), runs=tmp_path / "there")
+    assert here.states == there.states == {"finished": 1}, there.failed
+    assert rows_of(there.record) == rows_of(here.record)
+    (folder,) = there.record.experiments.iterdir()
+    assert str(weights) in (folder / "config.yaml").read_text()
 
 
 def test_resources_that_no_node_has_are_refused_at_once(cluster):
