@@ -236,6 +236,10 @@ def test_timm_checkpoint_with_an_average(bnexp):
             "say which images with labels, to test on: --test",
         ),
         (("audit", "torchvision/resnet18", "--population", "x", "--test", "y"), "random weights"),
+        (
+            ("audit", "her_project.model:build", "--population", "x", "--test", "y", "data.crop=4"),
+            "as the config says: middle 4 px; values from 0 to 1, no mean or std",
+        ),
         (("audit", "torchvision/resnet19", "--population", "x", "--test", "y"), "did you mean"),
         ((*AUDIT, "--mend", "her.ckpt"), "--mend her.ckpt exists"),
         ((*AUDIT, "--key", "ema"), "no tensors under 'ema'; there: 'model_state_dict'"),

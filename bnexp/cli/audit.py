@@ -188,6 +188,7 @@ def _data(config: AuditConfig, say: Any) -> tuple[Opened, Opened]:
             say(f"images are prepared {how}")
         elif not own.empty:
             transform = own.transform()
+            say(f"images are prepared as the config says: {own.words}")
     classes = classes_of(data.population) or classes_of(data.test)
     labelled = classes_of(data.population) is not None
     common: dict[str, Any] = {

@@ -50,6 +50,20 @@ class Preparation:
     def empty(self) -> bool:
         return self == Preparation()
 
+    @property
+    def words(self) -> str:
+        """What it does to an image, whether or not it was asked for."""
+        size = [] if self.resize is None else [f"shorter side {self.resize} px"]
+        size += [] if self.crop is None else [f"middle {self.crop} px"]
+        scale = "values from 0 to 1, no mean or std taken off (data.mean, data.std)"
+        if self.mean is not None and self.std is not None:
+            scale = f"mean {_listed(self.mean)}, std {_listed(self.std)}"
+        return f"{', '.join(size) or 'their own size'}; {scale}"
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
 
 def transform_of(name: str) -> tuple[Transform, str]:
     """The transform that a library's weights of this name ask for, and what it does, in words.

@@ -21,6 +21,14 @@ def folder(tmp_path) -> Path:
     return tmp_path / "images"
 
 
+def test_what_a_preparation_does_is_said_with_what_it_leaves_out():
+    assert Preparation(resize=32, crop=28).words == (
+        "shorter side 32 px, middle 28 px; values from 0 to 1, no mean or std taken off "
+        "(data.mean, data.std)"
+    )
+    assert Preparation(mean=(0.5,), std=(0.25,)).words == "their own size; mean 0.5, std 0.25"
+
+
 def test_a_folder_per_class(folder):
     preparation = Preparation(resize=4, crop=4, mean=[0.5, 0, 0], std=[0.5, 1, 1])
     opened = open_batches(
