@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bnexp.cli.tables import output
+from bnexp.cli.terminal import output
 from bnexp.config.shipped import find_config, shipped_configs
 from bnexp.errors import UserError
 from bnexp.printable import printable

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from bnexp.cli.tables import output
+from bnexp.cli.terminal import output
 from bnexp.errors import UserError
 from bnexp.printable import printable
 from bnexp.records import Run, all_runs

@@ -15,7 +15,8 @@ from rich.text import Text
 from bnexp.analysis.judged import Judged
 from bnexp.analysis.words import p_value
 from bnexp.cli.streams import printing_what_can_be
-from bnexp.cli.tables import Page, output, refuse_both
+from bnexp.cli.tables import Page, refuse_both
+from bnexp.cli.terminal import output
 from bnexp.config.study import StudyConfig
 from bnexp.errors import ExpectationNotMet, RunFailed, UserError
 from bnexp.importing import require_extra

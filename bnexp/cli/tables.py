@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -12,6 +11,7 @@ from bnexp import markdown
 from bnexp.analysis.layers import LayerCost, worst_first
 from bnexp.analysis.verdict import THESE_WEIGHTS, advice
 from bnexp.analysis.words import count, p_value, signed
+from bnexp.cli.terminal import output
 from bnexp.condition import Condition, weights_label
 from bnexp.errors import UserError
 from bnexp.printable import printable
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from bnexp.analysis.comparison import Comparison
     from bnexp.analysis.results import Result
 
-PIPE_WIDTH = 160
 WIDE = 100
 WITH_CHANNELS = 140
 MARKDOWN_WIDTH = 1000
@@ -34,14 +33,6 @@ RESULT_COLUMNS = (
     ("changed", 76),
     ("p", 0),
 )
-
-
-def output() -> Console:
-    """Standard output; wide where nobody looks at it in a terminal, so that no cell is cut."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = max(console.width, PIPE_WIDTH)
-    return console
 
 
 def refuse_both(as_json: bool, as_markdown: bool) -> None:
