@@ -18,12 +18,13 @@ from tests.study.studies import DECAYS, SMALL, plan_of, rows_of, run, start
 
 pytestmark = pytest.mark.slow
 
+STEPS = 4000
 LONG = """
 name: long
 base:
   data: {name: digits}
   model: {name: mlp}
-  training: {steps: 1500, batch_size: 20, optimizer: {name: sgd, lr: 0.1}}
+  training: {steps: 4000, batch_size: 20, optimizer: {name: sgd, lr: 0.1}}
   checkpoints: {every_steps: 50}
 vary: {training.batch_size: [20, 30]}
 seeds: 2
@@ -161,7 +162,7 @@ def _whole(folder: Path) -> None:
     for path in record.experiments.iterdir():
         if path.is_dir():
             lines = (path / "steps.csv").read_text().splitlines()[1:]
-            assert [int(line.split(",")[0]) for line in lines] == list(range(1, 1501))
+            assert [int(line.split(",")[0]) for line in lines] == list(range(1, STEPS + 1))
     rows = rows_of(record)
     assert {r["state"] for r in rows} == {"finished"}
     assert len(rows) == 4 * 2
