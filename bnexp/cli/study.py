@@ -131,8 +131,8 @@ def _print_plan(plan: Plan, workers: int, as_json: bool) -> None:
     console.print(table)
     console.print(Text(f"\n{plan.study.config.name}: {plan.sentence}."), soft_wrap=True)
     console.print(
-        f"{_about(seconds)} with {workers} at a time, from a few steps measured just now. "
-        "Nothing was written.",
+        f"{_about(seconds)} of training with {workers} at a time, from a few steps measured just "
+        "now, and some seconds to start in. Nothing was written.",
         soft_wrap=True,
     )
 
