@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -77,10 +77,6 @@ def without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
 def version(tensor: Tensor) -> int:
     """How often the tensor was written to in place, through itself or a view of it."""
     return tensor._version
-
-
-def versions(tensors: Iterable[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -132,9 +132,13 @@ def t_interval(values: np.ndarray) -> Interval | None:
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2 or not np.isfinite(values).all():
         return None
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    half = special.stdtrit(len(values) - 1, 0.5 + LEVEL / 2) * error
+    half = special.stdtrit(len(values) - 1, 0.5 + LEVEL / 2) * standard_error(values)
     return float(values.mean() - half), float(values.mean() + half)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of two or more independent values."""
+    return values.std(ddof=1) / math.sqrt(len(values))
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:

@@ -5,7 +5,6 @@ As in intervals.py, of scipy only what is imported quickly; the tests compare wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +12,7 @@ from typing import Literal
 import numpy as np
 from scipy import special
 
-from bnexp.analysis.intervals import Interval, t_interval
+from bnexp.analysis.intervals import Interval, standard_error, t_interval
 
 Verdict = Literal["supported", "contradicted", "undecided"]
 ALPHA = 0.05
@@ -57,7 +56,7 @@ def equivalence_p(values: Sequence[float], within: float) -> float | None:
 
 def _t(values: np.ndarray, mean: float) -> float:
     """Student's t of the hypothesis that the values' mean is `mean`."""
-    return (values.mean() - mean) / (values.std(ddof=1) / math.sqrt(len(values)))
+    return (values.mean() - mean) / standard_error(values)
 
 
 def judge_direction(found: Differences, at_least: float = 0.0) -> Verdict:

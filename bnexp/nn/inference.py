@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from bnexp.torch_internals import BatchNormBase, versions, without_function_modes
+from bnexp.torch_internals import BatchNormBase, without_function_modes
 from bnexp.torch_internals import version as version_of
 
 
@@ -139,8 +139,6 @@ class ModelState:
                 self._watch(tensor, f"values of {key!r} of {of}", copy=parameters)
             for key, tensor in module._buffers.items() if keys is None else ():
                 self._watch(tensor, f"values of {key!r} of {of}", copy=True)
-        self._versions = [held.version for held in self._tensors]
-        self._memories = [held.memory for held in self._tensors]
 
     def _hold(self, value: Any, where: str, depth: int = 2) -> None:
         """`value` and the containers inside it, if it is a container."""
@@ -167,10 +165,6 @@ class ModelState:
             for held in self._held:
                 if (key := held.difference()) is not None:
                     return f"{key} {held.where}"
-            tensors = [held.tensor for held in self._tensors]
-            memories = [*map(_memory_of, tensors)]
-            if versions(tensors) == self._versions and memories == self._memories:
-                return None
             return next((held.where for held in self._tensors if held.is_changed()), None)
 
     def restore(self, unseen: bool = True) -> None:
@@ -189,27 +183,27 @@ class _HeldTensor:
     """A tensor and what its values were, if they are kept; `.data` may be exchanged or written,
     which its version doesn't tell."""
 
-    __slots__ = ("_data", "_value", "memory", "tensor", "version", "where")
+    __slots__ = ("_data", "_memory", "_tensor", "_value", "_version", "where")
 
     def __init__(self, tensor: Tensor, where: str, copy: bool) -> None:
         self.where = where
-        self.tensor, self.version, self.memory = tensor, version_of(tensor), _memory_of(tensor)
+        self._tensor, self._version, self._memory = tensor, version_of(tensor), _memory_of(tensor)
         self._value = tensor.detach().clone() if copy else None
         self._data = tensor.data
 
     def is_changed(self) -> bool:
-        tensor = self.tensor
-        return version_of(tensor) != self.version or _memory_of(tensor) != self.memory
+        tensor = self._tensor
+        return version_of(tensor) != self._version or _memory_of(tensor) != self._memory
 
     def restore(self) -> None:
         if self._value is None or self._data is None:
             return
-        if _memory_of(self.tensor) != self.memory:
-            self.tensor.data = self._data
-        unseen = self.memory and not torch.equal(self.tensor, self._value)
-        if unseen or version_of(self.tensor) != self.version:
+        if _memory_of(self._tensor) != self._memory:
+            self._tensor.data = self._data
+        unseen = self._memory and not torch.equal(self._tensor, self._value)
+        if unseen or version_of(self._tensor) != self._version:
             with torch.no_grad():
-                self.tensor.copy_(self._value)
+                self._tensor.copy_(self._value)
 
 
 def _memory_of(tensor: Tensor) -> int:
