@@ -49,6 +49,8 @@ _PLACE = 240
 _ROOM = _MESSAGE - _HEADER.size - _PLACE
 # How long Ctrl-C may have to wait for a rank that waits for another.
 _TICK = timedelta(seconds=0.2)
+# Seconds that ranks which end wait for rank 0.
+_ENDING = 10
 _KINDS = {
     kind.__name__: kind
     for kind in (UserError, NotFinite, RunFailed, ExpectationNotMet, Interrupted)
@@ -200,6 +202,17 @@ class TorchRanks:
             if outermost:
                 self._inside, self._over = False, None
 
+    def let_rank_0_end(self) -> None:
+        """Called by each rank that ends by an error: returns at once on rank 0, and on the others
+        when rank 0 has come here too, is gone, or doesn't come for ten seconds. So rank 0 can say
+        what happened before a launcher ends it because another rank has ended."""
+        if self.rank == 0:
+            self._line.say_ending()
+            return
+        until = time.monotonic() + _ENDING
+        while time.monotonic() < until and not self._line.rank_0_is_ending():
+            time.sleep(0.05)
+
     def _announce(self, error: BaseException) -> None:
         kind, text = _said(error)
         self._line.say_failed()
@@ -326,6 +339,7 @@ class _Line:
         self._group: Any = distributed.new_group(
             members, timeout=timeout_of(group), backend="gloo", use_local_synchronization=True
         )
+        self._store: Any = self._group.get_group_store()
         self.failures = 0  # that all ranks have met
         # The store may outlive the group, and remember what another one said.
         self._name = self.exchange(os.urandom(16), len(members))[0][:16].hex()
@@ -333,14 +347,22 @@ class _Line:
     def say_failed(self) -> None:
         """For ranks that don't meet for long."""
         with contextlib.suppress(RuntimeError):  # it is gone with the rank that held it
-            if self._group is not None:
-                self._group.get_group_store().set(f"failed {self._name} {self.failures}", "1")
+            self._store.set(f"failed {self._name} {self.failures}", "1")
 
     def has_failed(self) -> bool:
         with contextlib.suppress(RuntimeError):
-            if self._group is not None:
-                return self._group.get_group_store().check([f"failed {self._name} {self.failures}"])
+            return self._store.check([f"failed {self._name} {self.failures}"])
         return False
+
+    def say_ending(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"ending {self._name}", "1")
+
+    def rank_0_is_ending(self) -> bool:
+        """True as well where nobody can tell."""
+        with contextlib.suppress(RuntimeError):
+            return self._store.check([f"ending {self._name}"])
+        return True
 
     def exchange(self, message: bytes, size: int) -> list[bytes]:
         """Every rank's message, padded. Raises RunFailed, for good, if one can't be reached."""

@@ -46,10 +46,10 @@ def processes_of(folder: Path) -> dict[int, int]:
     return found
 
 
-def under_way(bnexp, config):
+def under_way(bnexp, config, **how):
     """A training of two processes that has made its first checkpoints: command, record, and the
     pids of the ranks, which are forked in their order from a child of the command."""
-    command = bnexp.start("train", config, LONG, "--processes", 2)
+    command = bnexp.start("train", config, LONG, "--processes", 2, **how)
     run = Run(bnexp.cwd / "runs" / "several-1")
     wait_for(lambda: list(run.checkpoints.glob("step-*.pt")), 240)
     parents = processes_of(bnexp.cwd)
@@ -88,6 +88,20 @@ def test_ctrl_c_ends_all_with_a_checkpoint_and_130(bnexp, config):
     assert state["state"] == "interrupted"
     assert len(run.steps()["step"]) == state["step"]
     wait_for(lambda: not processes_of(bnexp.cwd), 20)
+
+
+def test_a_signal_that_is_ignored_ends_nothing(bnexp, config):
+    """SIGINT in a shell's background job."""
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    command, run, _ = under_way(bnexp, config, inject=ignore)
+    command.signal(signal.SIGINT)
+    known = max(run.checkpoints.glob("step-*.pt"))
+    wait_for(lambda: max(run.checkpoints.glob("step-*.pt"), default=known) > known, 60)
+    command.signal(signal.SIGTERM)
+    done = command.wait()
+    assert done.code == 130, done.stderr
+    assert "the checkpoint is written" in done.stderr
+    assert run.state["state"] == "interrupted"
 
 
 @pytest.mark.parametrize("culprit", [0, 1])

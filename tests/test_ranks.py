@@ -398,3 +398,37 @@ def failing_and_going_on(rank):
 def test_ranks_go_on_after_a_failure():
     expected = ["rank 0: turn 0", [0, 1], "rank 1: turn 1", [0, 1], "rank 0: turn 2", [0, 1]]
     assert values(run_ranks(failing_and_going_on, 2)) == [expected] * 2
+
+
+def ending(rank):
+    ranks = TorchRanks()
+    ranks.gather(None, "before")
+    if rank == 0:
+        time.sleep(1)
+    came = time.monotonic()
+    ranks.let_rank_0_end()
+    return came, time.monotonic()
+
+
+@pytest.mark.slow
+def test_ranks_that_end_wait_until_rank_0_can_speak():
+    (came, _), *others = values(run_ranks(ending, 3, deadline=SOON))
+    for _, went in others:
+        assert went > came
+
+
+def left_alone(rank):
+    """Rank 0 never comes to its end."""
+    ranks = TorchRanks()
+    ranks.gather(None, "before")
+    if rank == 0:
+        time.sleep(14)
+        return None
+    came = time.monotonic()
+    ranks.let_rank_0_end()
+    return time.monotonic() - came
+
+
+@pytest.mark.slow
+def test_ranks_that_end_do_not_wait_for_ever():
+    assert values(run_ranks(left_alone, 2, deadline=2 * SOON))[1] < 13

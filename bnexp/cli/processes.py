@@ -58,6 +58,7 @@ def start_processes(count: int) -> NoReturn:
             monitor_interval=0.1,
             start_method="forkserver",
             logs_specs=DefaultLogsSpecs(log_dir=logs),
+            signals_to_handle=",".join(_heeded(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"))),
         )
         try:
             elastic_launch(config, _run_command)(sys.argv[1:])
@@ -98,14 +99,26 @@ def joined_ranks() -> Iterator[Ranks]:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RunFailed(f"the processes can't reach one another: {reason:.300}") from None
+    ranks = TorchRanks()
     try:
-        yield TorchRanks()
+        yield ranks
     except BaseException:
         # The agent asks those that are left to end as soon as one has: they are about to.
+        if ranks.rank != 0:
+            with contextlib.suppress(KeyboardInterrupt):  # the agent, because rank 0 is no more
+                ranks.let_rank_0_end()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        if ranks.rank == 0:
+            ranks.let_rank_0_end()
         raise
     distributed.destroy_process_group()
+
+
+def _heeded(names: tuple[str, ...]) -> list[str]:
+    """Those that were not to be ignored when the command began, as SIGINT is in a shell's
+    background jobs and SIGHUP under nohup: the processes ignore them, too."""
+    return [name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
 
 
 def check_count(processes: int | None) -> None:
