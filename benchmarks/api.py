@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,8 +18,6 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the bnexp command has it
 
 import recompute
 import torch

@@ -4,8 +4,9 @@
 
 Whole processes of one thread, in turns, of `import torch`, `bnexp --help`, `bnexp data`,
 `bnexp train smoke` (300 steps of a small network) and `bnexp eval` of that run. Prints medians
-over the rounds of processor seconds and of wall seconds, and of the ratios of processor seconds to
-those of `import torch` in the same round, which hold where others use the machine, too.
+over the rounds of wall and of processor seconds, and of the ratios of wall seconds to those of
+`import torch` in the same round. The process that draws a training's picture uses another core, and
+is not in the processor seconds.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ def main() -> None:
         for _ in range(rounds):
             for name, words in COMMANDS.items():
                 found[name].append(took(words, folder))
-    base = [processor for processor, _ in found["`import torch`"]]
-    print("| | processor seconds | wall seconds | ratio to `import torch` |")
+    base = [wall for _, wall in found["`import torch`"]]
+    print("| | wall seconds | processor seconds | ratio to `import torch` |")
     print("| --- | ---: | ---: | ---: |")
     for name, values in found.items():
         processor, wall = (statistics.median(v) for v in zip(*values, strict=True))
-        ratio = statistics.median(p / b for (p, _), b in zip(values, base, strict=True))
-        print(f"| {name} | {processor:.2f} | {wall:.2f} | {ratio:.2f} |")
+        ratio = statistics.median(w / b for (_, w), b in zip(values, base, strict=True))
+        print(f"| {name} | {wall:.2f} | {processor:.2f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

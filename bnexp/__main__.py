@@ -1,4 +1,4 @@
-from bnexp.cli import main
+from bnexp.cli import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -13,7 +13,7 @@ from bnexp.config.audit import AuditConfig
 from bnexp.config.loading import load, resolved
 from bnexp.dotted import within
 from bnexp.errors import ExpectationNotMet, UserError
-from bnexp.performance import keep_freed_memory
+from bnexp.performance import keep_freed_memory, quick_imports, wait_briefly
 from bnexp.records.audit import next_folder, write_audit
 
 if TYPE_CHECKING:
@@ -43,15 +43,16 @@ def run_audit(
             raise UserError(f"--mend {mend} exists: name a file that doesn't")
         if not mend.parent.is_dir():
             raise UserError(f"--mend {mend} can't be written: there is no folder {mend.parent}")
-    keep_freed_memory()
+    with quick_imports():
+        wait_briefly()
+        keep_freed_memory()
+        import torch
 
-    import torch
-
-    from bnexp.auditing import audit
-    from bnexp.device import resolve_device
-    from bnexp.networks.weights import same_averages_as, write_mended
-    from bnexp.records.environment import describe_environment
-    from bnexp.report.audit_page import render
+        from bnexp.auditing import audit
+        from bnexp.device import resolve_device
+        from bnexp.networks.weights import same_averages_as, write_mended
+        from bnexp.records.environment import describe_environment
+        from bnexp.report.audit_page import render
 
     def say(text: str) -> None:
         if not as_json:

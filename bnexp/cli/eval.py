@@ -15,7 +15,7 @@ from bnexp.condition import made_by
 from bnexp.config import Config, resolve
 from bnexp.config.schema import RECOMPUTE_METHODS
 from bnexp.errors import ExpectationNotMet, UserError, shown
-from bnexp.performance import allow_tf32, keep_freed_memory
+from bnexp.performance import prepare_process, quick_imports
 from bnexp.records import RUNS, Run, find_run, newest_finished_run
 
 if TYPE_CHECKING:
@@ -57,13 +57,11 @@ def run_eval(
         raise UserError(f"--weights {weights}: allowed are {', '.join(WEIGHTS)}")
     found = find_run(run, runs) if run is not None else newest_finished_run(runs)
     config = _with(found, methods[0] if len(methods) == 1 else None, samples, overrides)
-    if config.performance.allocator:
-        keep_freed_memory()
+    with quick_imports():
+        prepare_process(config.performance.allocator, config.performance.tf32)
+        from bnexp.device import describe_device, resolve_device
+        from bnexp.training.trained import load_trained
 
-    from bnexp.device import describe_device, resolve_device
-    from bnexp.training.trained import load_trained
-
-    allow_tf32(config.performance.tf32)
     resolved = resolve_device(device or config.device)
     weights = weights or found.state["weights"]
     trained = load_trained(found, config, resolved, weights, changed_data)

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 from bnexp.errors import Interrupted, RunFailed, UserError
+from bnexp.performance import wait_briefly
 from bnexp.ranks import Alone, Ranks, started_by_launcher
 
 # After which a rank that others wait for is given up. Rank 0 may download data, or judge a whole
@@ -38,6 +39,7 @@ def start_processes(count: int) -> NoReturn:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
 
+    wait_briefly()
     from bnexp.forking import importing  # Unix alone, as is the way that these are started
 
     importing(_PRELOADED)
@@ -90,6 +92,7 @@ def joined_ranks() -> Iterator[Ranks]:
         yield Alone()
         return
     _end_with_parent()
+    wait_briefly()
     import torch.distributed as distributed
 
     from bnexp.ranks import TorchRanks

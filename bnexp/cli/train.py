@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnexp.cli.drawing import Drawer
 from bnexp.cli.processes import check_count, joined_ranks, start_processes
 from bnexp.cli.streams import printing_what_can_be
 from bnexp.config import Config, load_config, resolve
@@ -18,7 +16,7 @@ from bnexp.config.shipped import find_config
 from bnexp.errors import ExpectationNotMet, UserError
 from bnexp.importing import require_extra
 from bnexp.memory_size import format_bytes
-from bnexp.performance import prepare_process
+from bnexp.performance import prepare_process, quick_imports, wait_briefly
 from bnexp.records import RUNS, Run, find_run
 
 if TYPE_CHECKING:
@@ -67,15 +65,15 @@ def run_train(
                 raise UserError("--dry-run tries one process out: leave --processes out")
         if processes is not None and processes > ranks.size:
             start_processes(processes)
-        prepare_process(settings.performance.allocator, settings.performance.tf32)
+        # Before others of its own are busy, and both before torch is imported.
+        wait_briefly()
+        drawer = Drawer() if ranks.rank == 0 and not dry_run else None
+        with quick_imports():
+            prepare_process(settings.performance.allocator, settings.performance.tf32)
+            from bnexp.experiment import run_experiment
         if dry_run:
             _print_plan(settings, as_json)
             return
-
-        from bnexp.experiment import run_experiment
-
-        if ranks.rank == 0:  # what draws the picture is imported while the network trains
-            threading.Thread(target=_import_drawing).start()
         outcome = run_experiment(
             settings,
             resume=run,
@@ -85,9 +83,9 @@ def run_train(
             changed_data=changed_data,
             ranks=ranks,
         )
-        if ranks.rank == 0:
-            _show(outcome, as_json)
-            _draw(outcome.record)
+        if drawer is not None:
+            with drawer.drawing(outcome.record.path):
+                _show(outcome, as_json)
         # The agent asks the others to end as soon as one does so with another code than 0.
         ranks.gather(None, "the end")
         if outcome.unmet:
@@ -106,23 +104,6 @@ def _show(outcome: Outcome, as_json: bool) -> None:
         else:
             print_comparison(outcome.comparison)
             print(f"run: {outcome.record.path}")
-
-
-def _import_drawing() -> None:
-    with contextlib.suppress(Exception):  # _draw says why
-        import bnexp.report.figures  # noqa: F401
-
-
-def _draw(run: Run) -> None:
-    """results.png. Whatever keeps it from being drawn, the training is done."""
-    try:
-        from bnexp.report import write_results_png
-
-        write_results_png(run)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        with contextlib.suppress(OSError, ValueError):
-            print(f"bnexp: results.png could not be drawn ({reason:.300})", file=sys.stderr)
 
 
 def _settings(given: str | None, overrides: list[str], run: Run | None) -> Config:
