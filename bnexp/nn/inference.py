@@ -139,6 +139,7 @@ class ModelState:
                 self._watch(tensor, f"values of {key!r} of {of}", copy=parameters)
             for key, tensor in module._buffers.items() if keys is None else ():
                 self._watch(tensor, f"values of {key!r} of {of}", copy=True)
+        self._glance = _Glance(self._held, self._tensors)
 
     def _hold(self, value: Any, where: str, depth: int = 2) -> None:
         """`value` and the containers inside it, if it is a container."""
@@ -162,6 +163,8 @@ class ModelState:
         if any(self._empty):
             return f"items {self._names_of_empty[[*map(bool, self._empty)].index(True)]}"
         with without_function_modes():  # they would be asked about each tensor
+            if self._glance.is_untouched():
+                return None
             for held in self._held:
                 if (key := held.difference()) is not None:
                     return f"{key} {held.where}"
@@ -183,27 +186,53 @@ class _HeldTensor:
     """A tensor and what its values were, if they are kept; `.data` may be exchanged or written,
     which its version doesn't tell."""
 
-    __slots__ = ("_data", "_memory", "_tensor", "_value", "_version", "where")
+    __slots__ = ("_data", "_value", "memory", "tensor", "version", "where")
 
     def __init__(self, tensor: Tensor, where: str, copy: bool) -> None:
         self.where = where
-        self._tensor, self._version, self._memory = tensor, version_of(tensor), _memory_of(tensor)
+        self.tensor, self.version, self.memory = tensor, version_of(tensor), _memory_of(tensor)
         self._value = tensor.detach().clone() if copy else None
         self._data = tensor.data
 
     def is_changed(self) -> bool:
-        tensor = self._tensor
-        return version_of(tensor) != self._version or _memory_of(tensor) != self._memory
+        tensor = self.tensor
+        return version_of(tensor) != self.version or _memory_of(tensor) != self.memory
 
     def restore(self) -> None:
         if self._value is None or self._data is None:
             return
-        if _memory_of(self._tensor) != self._memory:
-            self._tensor.data = self._data
-        unseen = self._memory and not torch.equal(self._tensor, self._value)
-        if unseen or version_of(self._tensor) != self._version:
+        if _memory_of(self.tensor) != self.memory:
+            self.tensor.data = self._data
+        unseen = self.memory and not torch.equal(self.tensor, self._value)
+        if unseen or version_of(self.tensor) != self.version:
             with torch.no_grad():
-                self._tensor.copy_(self._value)
+                self.tensor.copy_(self._value)
+
+
+class _Glance:
+    """Whether all of what is held is untouched, without a Python call for each: a model has some
+    thousand attributes, and each BN layer asks."""
+
+    def __init__(self, held: list[_Held], tensors: list[_HeldTensor]) -> None:
+        dicts = [h for h in held if type(h.now) in (dict, OrderedDict, defaultdict)]
+        self._others = [h for h in held if type(h.now) not in (dict, OrderedDict, defaultdict)]
+        self._whole = [h.now for h in dicts if h.whole]
+        self._lengths = [len(h.then) for h in dicts if h.whole]
+        items = [(h.now, key, value) for h in dicts for key, value in h.then.items()]
+        self._of, self._keys, self._values = zip(*items, strict=True) if items else ((), (), ())
+        self._tensors = tensors
+        plain = [t for t in tensors if t.memory]
+        self._plain, self._memory = [t.tensor for t in plain], [t.memory for t in plain]
+        self._all, self._versions = [t.tensor for t in tensors], [t.version for t in tensors]
+
+    def is_untouched(self) -> bool:
+        return (
+            [*map(len, self._whole)] == self._lengths
+            and all(map(operator.is_, map(dict.get, self._of, self._keys), self._values))
+            and [t._version for t in self._all] == self._versions
+            and [t.data_ptr() for t in self._plain] == self._memory
+            and all(h.untouched() for h in self._others)
+        )
 
 
 def _memory_of(tensor: Tensor) -> int:
@@ -216,22 +245,22 @@ class _Held:
     """A dict, list or set and what was in it; of a dict, only `keys` where they are given. Of a
     class, its `owner`, the dict can be read only."""
 
-    __slots__ = ("_now", "_owner", "_then", "_whole", "where")
+    __slots__ = ("_owner", "now", "then", "where", "whole")
 
     def __init__(
         self, container: Any, where: str, keys: list | None = None, owner: type | None = None
     ) -> None:
         self.where = where
         self._owner = owner
-        self._now = container
-        self._then = container.copy() if keys is None else {key: container[key] for key in keys}
-        self._whole = keys is None
+        self.now = container
+        self.then = container.copy() if keys is None else {key: container[key] for key in keys}
+        self.whole = keys is None
 
-    def _untouched(self) -> bool:
-        now, then = self._now, self._then
+    def untouched(self) -> bool:
+        now, then = self.now, self.then
         if isinstance(then, set):
             return now == then
-        if self._whole and len(now) != len(then):
+        if self.whole and len(now) != len(then):
             return False
         if isinstance(then, list):
             return all(map(operator.is_, now, then))
@@ -239,11 +268,11 @@ class _Held:
 
     def difference(self) -> str | None:
         """What differs: a key of a dict, "items" of a list or set."""
-        if self._untouched():
+        if self.untouched():
             return None
-        now, then = self._now, self._then
+        now, then = self.now, self.then
         if isinstance(then, dict):
-            for key in {**then, **now} if self._whole else then:
+            for key in {**then, **now} if self.whole else then:
                 if key not in now or key not in then or not _same(now[key], then[key]):
                     return repr(key)
             return None
@@ -252,21 +281,21 @@ class _Held:
         return "items"
 
     def restore(self) -> None:
-        if self._untouched():
+        if self.untouched():
             return
-        if isinstance(self._then, list):
-            self._now[:] = self._then
+        if isinstance(self.then, list):
+            self.now[:] = self.then
             return
         if self._owner is not None:
-            for key in [key for key in self._now if key not in self._then]:
+            for key in [key for key in self.now if key not in self.then]:
                 delattr(self._owner, key)
-            for key, value in self._then.items():
-                if self._now.get(key) is not value:
+            for key, value in self.then.items():
+                if self.now.get(key) is not value:
                     setattr(self._owner, key, value)
             return
-        if self._whole:
-            self._now.clear()
-        self._now.update(self._then)
+        if self.whole:
+            self.now.clear()
+        self.now.update(self.then)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -261,8 +261,8 @@ class _Pass:
 class _Sweep:
     """All batches' passes in lockstep, and whether they were independent.
 
-    Where the probe says so, what waits for the first BN layer is not kept, or only of the first
-    passes: the others are ended there, and begin again when its statistics are known.
+    Where the probe says so, what waits for the first BN layer is not kept: passes are ended there,
+    and begin again when its statistics are known.
 
     Passes hand things on by attributes, hooks or globals, which other passes overwrite while they
     wait; or they set something that all share and put it back later. In modules this is seen when
@@ -288,8 +288,6 @@ class _Sweep:
         # The first pass may have left something behind the last layer.
         self._state = task.given if task.given.change() is None else ModelState(task.model)
         self._path = [call.name for call in probe.calls]
-        # The passes from this one on, and scouts, are ended at the first layer and begun again.
-        self._again_from = 0 if mode is not None else probe.kept(task.length or 0)
         self._again = probe.again
         self._lockstep = lockstep
         self._mode = mode
@@ -346,7 +344,7 @@ class _Sweep:
         try:
             if self._own_input:  # so that it may wait elsewhere too
                 cell.append(copied(cell.pop()))
-            if self._again and (this.number is None or this.number >= self._again_from):
+            if self._again:
                 self._current, self._ending = this, True
                 # In a context of its own, so that what it sets there isn't met the next time.
                 contextvars.copy_context().run(self._task.run, cell[0], self._state)

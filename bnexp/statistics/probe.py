@@ -19,7 +19,7 @@ from bnexp.statistics.layer_by_layer import Call
 from bnexp.statistics.lockstep import in_threads
 from bnexp.statistics.pass_settings import PassSettings
 from bnexp.statistics.spill import OffloadMode, OffloadStore, PassMemory
-from bnexp.torch_internals import storage_key
+from bnexp.torch_internals import storage_key, without_function_modes
 
 # Memory goes through a core in the time of so many multiplications per element.
 _PER_ELEMENT = 50
@@ -123,7 +123,7 @@ class Probe:
                 nonlocal change, plain, first_work
                 held = memory.bytes
                 threads.add(threading.get_ident())
-                with mode.uncounted():
+                with mode.uncounted(), without_function_modes():
                     change = change or state.change() or blocks.find()
                     if not calls:  # what has it done that would have to be undone?
                         others = memory.storages.keys() - given - {storage_key(x.untyped_storage())}
@@ -150,12 +150,6 @@ class Probe:
         cheap = first_work <= _CHEAP * mode.work
         less = max([own, *(call.held for call in calls[1:])]) < _LESS * calls[0].held
         return Probe(calls, memory.peak, change, own, plain and cheap and less)
-
-    def kept(self, batches: int) -> int:
-        """How many of so many passes may wait at the first BN layer in the memory that all of them
-        take at another, where the first leg is run again."""
-        most, first = max(self._held), self.calls[0].held
-        return int(batches * (most - self.given) / (first - self.given)) if self.again else batches
 
     @property
     def _held(self) -> list[int]:
