@@ -336,10 +336,10 @@ class _Line:
         from bnexp.torch_internals import timeout_of
 
         members = distributed.get_process_group_ranks(group)
-        self._group: Any = distributed.new_group(
+        line: Any = distributed.new_group(
             members, timeout=timeout_of(group), backend="gloo", use_local_synchronization=True
         )
-        self._store: Any = self._group.get_group_store()
+        self._group, self._store = line, line.get_group_store()
         self.failures = 0  # that all ranks have met
         # The store may outlive the group, and remember what another one said.
         self._name = self.exchange(os.urandom(16), len(members))[0][:16].hex()

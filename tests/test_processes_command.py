@@ -53,7 +53,7 @@ def under_way(bnexp, config, **how):
     run = Run(bnexp.cwd / "runs" / "several-1")
     wait_for(lambda: list(run.checkpoints.glob("step-*.pt")), 240)
     parents = processes_of(bnexp.cwd)
-    pids = sorted(pid for pid, parent in parents.items() if parents.get(parent) in parents)
+    pids = sorted(pid for pid, parent in parents.items() if parents.get(parent) == command.pid)
     assert len(pids) == 2
     return command, run, pids
 

@@ -10,6 +10,9 @@ import sys
 import threading
 from typing import NoReturn
 
+# First, as it looks at the machine, and would wait were it asked at once what it has seen.
+import bnexp.performance  # noqa: F401  # isort: skip
+
 import typer
 
 from bnexp.cli import commands

@@ -219,8 +219,9 @@ class _Glance:
         self._whole = [h.now for h in dicts if h.whole]
         self._lengths = [len(h.then) for h in dicts if h.whole]
         items = [(h.now, key, value) for h in dicts for key, value in h.then.items()]
-        self._of, self._keys, self._values = zip(*items, strict=True) if items else ((), (), ())
-        self._tensors = tensors
+        self._of = [of for of, _, _ in items]
+        self._keys = [key for _, key, _ in items]
+        self._values = [value for _, _, value in items]
         plain = [t for t in tensors if t.memory]
         self._plain, self._memory = [t.tensor for t in plain], [t.memory for t in plain]
         self._all, self._versions = [t.tensor for t in tensors], [t.version for t in tensors]
