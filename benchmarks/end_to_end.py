@@ -86,7 +86,9 @@ def run_bnexp(data: Path, steps: int | None) -> Result:
         config = Path(folder) / "speed.yaml"
         length = f"steps: {steps}" if steps else "epochs: 1"
         config.write_text(CONFIG.format(data=data, length=length))
-        seconds, _ = timed([sys.executable, "-m", "bnexp", "train", str(config)], Path(folder))
+        seconds, _ = timed(
+            [str(Path(sys.executable).with_name("bnexp")), "train", str(config)], Path(folder)
+        )
         (evals,) = Path(folder).glob("runs/*/evals.csv")
         with evals.open() as lines:
             rows = [row for row in csv.DictReader(lines) if row["split"] == "test"]

@@ -19,13 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
+BIN = Path(sys.executable).parent
 COMMANDS = {
-    "`import torch`": ("-c", "import torch"),
-    "`bnexp --help`": ("-m", "bnexp", "--help"),
-    "`bnexp data`": ("-m", "bnexp", "data"),
-    "`bnexp train smoke`": ("-m", "bnexp", "train", "smoke", "--quiet"),
-    "`bnexp eval`": ("-m", "bnexp", "eval"),
+    "`import torch`": (sys.executable, "-c", "import torch"),
+    "`bnexp --help`": ("bnexp", "--help"),
+    "`bnexp data`": ("bnexp", "data"),
+    "`bnexp train smoke`": ("bnexp", "train", "smoke", "--quiet"),
+    "`bnexp eval`": ("bnexp", "eval"),
 }
 
 
@@ -34,7 +36,11 @@ def took(words: tuple[str, ...], folder: str) -> tuple[float, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, check=True
+        [str(BIN / words[0]), *words[1:]],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        check=True,
     )
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall

@@ -1,4 +1,4 @@
-from bnexp.cli import command
+from bnexp.cli import main
 
 if __name__ == "__main__":
-    command()
+    main()

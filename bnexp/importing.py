@@ -28,6 +28,10 @@ def require_extra(package: str, what: str) -> None:
         raise UserError(f"{what} needs {package}: pip install 'bnexp[{package}]'") from None
 
 
+IMPORTED: list[str] = []
+"""The objects of the user's own code that `import_object` has imported in this process."""
+
+
 def import_object(name: str) -> Any:
     """What `package.module:object` names, modules found as Python finds them.
 
@@ -40,6 +44,7 @@ def import_object(name: str) -> Any:
         raise UserError(f"{name!r} names no object: write package.module:object")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    IMPORTED.append(name)
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

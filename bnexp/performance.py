@@ -30,10 +30,10 @@ def wait_briefly() -> None:
     By default libgomp's spin for milliseconds. On a quiet machine that is fastest; on a busy one it
     takes PyTorch down far below its share (`benchmarks/busy.py`). Whether others are busy is seen
     from /proc/stat, since this module was imported, 0.1 s ago at the least. Sets an environment
-    variable that libgomp reads when torch is imported, so call it before; does nothing where the
-    user has set one of `WAITING`, and but on Linux.
+    variable that libgomp reads when torch is imported, and does nothing where it is already; nor
+    where the user has set one of `WAITING`, and but on Linux.
     """
-    if any(name in os.environ for name in WAITING):
+    if "torch" in sys.modules or any(name in os.environ for name in WAITING):
         return
     time.sleep(max(0.0, _IMPORTED + _LOOK - time.monotonic()))
     if _others(_USED, _used()) > _OTHERS:
@@ -41,8 +41,8 @@ def wait_briefly() -> None:
 
 
 class _Used(NamedTuple):
-    """Seconds of all cores, since the machine was started: in all, idle, and used by this process
-    and its children that have ended."""
+    """Seconds of the cores that this process may use, since the machine was started: in all, idle,
+    and used by this process and its children that have ended."""
 
     whole: float
     idle: float
@@ -51,13 +51,16 @@ class _Used(NamedTuple):
 
 def _used() -> _Used | None:
     try:
+        mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         with open("/proc/stat") as file:
-            ticks = [int(word) for word in file.readline().split()[1:9]]
+            cores = [line.split() for line in file if line.split()[:1] and line.split()[0] in mine]
+        ticks = [[int(word) for word in core[1:9]] for core in cores]
+        whole = sum(map(sum, ticks))
+        idle = sum(core[3] + core[4] for core in ticks)  # waiting for a disk is idle, too
         second = os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, IndexError, AttributeError):
         return None
-    idle = ticks[3] + ticks[4]  # waiting for a disk is idle, too
-    return _Used(sum(ticks) / second, idle / second, sum(os.times()[:4]))
+    return _Used(whole / second, idle / second, sum(os.times()[:4]))
 
 
 def _others(before: _Used | None, after: _Used | None) -> float:

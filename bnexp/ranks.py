@@ -15,6 +15,7 @@ import itertools
 import os
 import pickle
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -209,9 +210,10 @@ class TorchRanks:
         if self.rank == 0:
             self._line.say_ending()
             return
-        until = time.monotonic() + _ENDING
-        while time.monotonic() < until and not self._line.rank_0_is_ending():
-            time.sleep(0.05)
+        # Asking waits without an end where the store's machine is gone.
+        asking = threading.Thread(target=self._line.until_rank_0_is_ending, daemon=True)
+        asking.start()
+        asking.join(_ENDING)
 
     def _announce(self, error: BaseException) -> None:
         kind, text = _said(error)
@@ -358,11 +360,11 @@ class _Line:
         with contextlib.suppress(RuntimeError):
             self._store.set(f"ending {self._name}", "1")
 
-    def rank_0_is_ending(self) -> bool:
-        """True as well where nobody can tell."""
+    def until_rank_0_is_ending(self) -> None:
+        """Or nobody can tell."""
         with contextlib.suppress(RuntimeError):
-            return self._store.check([f"ending {self._name}"])
-        return True
+            while not self._store.check([f"ending {self._name}"]):
+                time.sleep(0.05)
 
     def exchange(self, message: bytes, size: int) -> list[bytes]:
         """Every rank's message, padded. Raises RunFailed, for good, if one can't be reached."""

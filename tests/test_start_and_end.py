@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 
 import pytest
 from conftest import run_of
 
 from bnexp import performance
-from bnexp.cli.drawing import Drawer
 from bnexp.performance import WAITING, quick_imports, wait_briefly
+from bnexp.report.beside import Drawer
 
 
 @pytest.fixture
@@ -26,6 +24,7 @@ def openmp(monkeypatch):
     for name in WAITING:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
 
@@ -64,6 +63,20 @@ def test_what_the_user_has_set_stays(openmp, monkeypatch, name):
     openmp(0.4, 0.0, 0.2)
     assert {n: os.environ[n] for n in WAITING if n in os.environ} == {name: "mine"}
     assert not openmp.slept
+
+
+def test_where_torch_is_imported_it_is_too_late(openmp, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert openmp(0.4, 0.0, 0.2) is None
+
+
+@pytest.mark.parametrize("lines", ["", "cpu  1 2 3 4\n", "cpu0 1 2 3 4\ncpu1 1 2\n", "cpu0 a\n"])
+def test_an_odd_system_tells_nothing(monkeypatch, tmp_path, lines):
+    (tmp_path / "stat").write_text(lines)
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *_: real(tmp_path / "stat"))
+    used = performance._used()
+    assert used is None or used.whole == 0
 
 
 def test_without_the_system_telling_nothing_is_set(openmp, monkeypatch):
@@ -106,14 +119,6 @@ def test_imports_leave_the_garbage_collector_as_it_was(enabled):
 
 
 @pytest.fixture
-def own_server(capfd):
-    """Processes are forked from one that writes where this test looks."""
-    forkserver._forkserver._stop()
-    yield
-    forkserver._forkserver._stop()
-
-
-@pytest.fixture
 def finished(bnexp):
     run = run_of(bnexp, bnexp("train", "smoke", "training.steps=20", "expect.test_accuracy=null"))
     picture = run.path / "results.png"
@@ -122,35 +127,53 @@ def finished(bnexp):
     return run
 
 
-@pytest.mark.parametrize("methods", [None, ["spawn"]])
-def test_a_run_is_drawn_beside_or_afterwards(finished, monkeypatch, methods, own_server, capfd):
-    if methods is not None:  # as on Windows
-        monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
-    drawer = Drawer()
-    assert (drawer._context is None) is (methods is not None)
-    with drawer.drawing(finished.path):
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_run_is_drawn_beside_or_afterwards(finished, monkeypatch, alone, capfd):
+    if not alone:
+        monkeypatch.setattr(subprocess, "Popen", no_process)
+    with Drawer() as drawer, drawer.drawing(finished.path):
         pass
-    gc.enable()
     assert (finished.path / "results.png").read_bytes().startswith(b"\x89PNG")
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr() == ("", "")
 
 
-def test_what_keeps_a_run_from_being_drawn_is_one_line(tmp_path, own_server, capfd):
-    drawer = Drawer()
-    with drawer.drawing(tmp_path / "nowhere"):
+def no_process(*_, **__):
+    raise OSError("no further process")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_keeps_a_run_from_being_drawn_is_one_line(tmp_path, monkeypatch, alone, capfd):
+    if not alone:
+        monkeypatch.setattr(subprocess, "Popen", no_process)
+    with Drawer() as drawer, drawer.drawing(tmp_path / "nowhere"):
         pass
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("bnexp: results.png could not be drawn (")
 
 
-def test_a_process_that_is_killed_while_it_draws(finished, own_server, capfd):
-    drawer = Drawer()
-    with drawer.drawing(finished.path):
-        (process,) = multiprocessing.active_children()
-        os.kill(process.pid, signal.SIGKILL)
-    assert (
-        "could not be drawn (the process that draws ended with code -9)" in capfd.readouterr().err
-    )
+def test_where_the_process_that_draws_is_killed_it_is_drawn_here(finished, capfd):
+    with Drawer() as drawer:
+        os.kill(drawer._process.pid, signal.SIGKILL)
+        with drawer.drawing(finished.path):
+            pass
+    assert (finished.path / "results.png").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_where_nothing_is_to_be_drawn_the_process_is_gone(capfd):
+    with pytest.raises(ZeroDivisionError), Drawer() as drawer:
+        raise ZeroDivisionError
+    assert drawer._process.returncode is not None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_imported_from_the_working_folder(finished, monkeypatch, capfd):
+    (finished.path / "matplotlib.py").write_text("raise SystemExit('a stranger')")
+    monkeypatch.chdir(finished.path)
+    with Drawer() as drawer, drawer.drawing(finished.path):
+        pass
+    assert (finished.path / "results.png").exists()
+    assert capfd.readouterr() == ("", "")
 
 
 ENDING = """
@@ -159,6 +182,8 @@ import bnexp.cli
 atexit.register(lambda: print("at the end"))
 def main():
     print("said", end=" ")
+    if {profiled}:
+        sys.setprofile(lambda *_: None)
     if {thread}:
         threading.Thread(target=lambda: (threading.Event().wait(0.5), print("thread"))).start()
     sys.exit({code})
@@ -168,10 +193,10 @@ bnexp.cli.command()
 
 
 @pytest.mark.parametrize("code", [0, 3, "'a text'"])
-@pytest.mark.parametrize("thread", [False, True])
-def test_a_command_ends_with_its_code_and_nothing_undone(code, thread):
+@pytest.mark.parametrize(("thread", "profiled"), [(False, False), (True, False), (False, True)])
+def test_a_command_ends_with_its_code_and_nothing_undone(code, thread, profiled):
     done = subprocess.run(
-        [sys.executable, "-c", ENDING.format(code=code, thread=thread)],
+        [sys.executable, "-c", ENDING.format(code=code, thread=thread, profiled=profiled)],
         capture_output=True,
         text=True,
         check=False,

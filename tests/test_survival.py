@@ -95,6 +95,8 @@ def test_kill_9_at_random_moments_changes_nothing(bnexp, config):
             if command.wait().code == 0:
                 break
             kills += 1
+            if Run(path).state["state"] == "finished":  # killed while its picture was drawn
+                break
             command = bnexp.start("train", "--resume", path)
         else:
             done = command.wait()

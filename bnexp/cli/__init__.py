@@ -26,6 +26,7 @@ from bnexp.errors import (
     disk_failure,
     is_out_of_memory,
 )
+from bnexp.importing import IMPORTED
 from bnexp.ranks import refuse_launcher
 
 MESSAGE = 2000
@@ -64,15 +65,17 @@ def _version(
 
 
 def command() -> None:
-    """`bnexp` in a process of its own: `main`, then the end at once.
+    """The script `bnexp`: `main`, then the end of the process at once.
 
     What is to be done at the end is done; but Python would also take apart all that torch has
-    imported, piece by piece, for a fifth of a second.
+    imported, piece by piece, for a fifth of a second. It does so where code of the user's was
+    imported, which may have left files open, and where a profiler or other threads are at work.
     """
     try:
         main()
     except SystemExit as end:
-        if threading.active_count() > 1 or not isinstance(end.code, int):
+        watched = sys.getprofile() is not None or sys.gettrace() is not None
+        if threading.active_count() > 1 or watched or IMPORTED or not isinstance(end.code, int):
             raise
         atexit._run_exitfuncs()
         flush_or_give_up()

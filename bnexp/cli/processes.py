@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bnexp.errors import Interrupted, RunFailed, UserError
 from bnexp.performance import wait_briefly
@@ -60,7 +60,7 @@ def start_processes(count: int) -> NoReturn:
             monitor_interval=0.1,
             start_method="forkserver",
             logs_specs=DefaultLogsSpecs(log_dir=logs),
-            signals_to_handle=",".join(_heeded(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"))),
+            **_heeded(LaunchConfig),
         )
         try:
             elastic_launch(config, _run_command)(sys.argv[1:])
@@ -102,26 +102,32 @@ def joined_ranks() -> Iterator[Ranks]:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RunFailed(f"the processes can't reach one another: {reason:.300}") from None
-    ranks = TorchRanks()
+    ranks = None
     try:
+        ranks = TorchRanks()
         yield ranks
     except BaseException:
         # The agent asks those that are left to end as soon as one has: they are about to.
-        if ranks.rank != 0:
+        if ranks is not None and ranks.rank != 0:
             with contextlib.suppress(KeyboardInterrupt):  # the agent, because rank 0 is no more
                 ranks.let_rank_0_end()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        if ranks.rank == 0:
+        if ranks is not None and ranks.rank == 0:
             ranks.let_rank_0_end()
         raise
     distributed.destroy_process_group()
 
 
-def _heeded(names: tuple[str, ...]) -> list[str]:
-    """Those that were not to be ignored when the command began, as SIGINT is in a shell's
-    background jobs and SIGHUP under nohup: the processes ignore them, too."""
-    return [name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+def _heeded(config: Any) -> dict[str, Any]:
+    """The signals that the agent passes on, where it can be told (since PyTorch 2.9): those that
+    were not to be ignored when the command began, as SIGINT is in a shell's background jobs and
+    SIGHUP under nohup: the processes ignore them, too."""
+    if "signals_to_handle" not in config.__dataclass_fields__:
+        return {}
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    heeded = [n for n in names if signal.getsignal(getattr(signal, n)) != signal.SIG_IGN]
+    return {"signals_to_handle": ",".join(heeded)}
 
 
 def check_count(processes: int | None) -> None:

@@ -20,6 +20,7 @@ from bnexp.cli.terminal import output
 from bnexp.config.study import StudyConfig
 from bnexp.errors import ExpectationNotMet, RunFailed, UserError
 from bnexp.importing import require_extra
+from bnexp.performance import wait_briefly
 from bnexp.printable import printable
 from bnexp.study.file import read_study
 from bnexp.study.jobs import Job, Watcher
@@ -65,6 +66,7 @@ def run_study_command(
         if ray is not None:
             run_on_ray(todo, ray, resources, watcher)
             return
+        wait_briefly()  # before the process is there that trainings are forked from
         run_local(todo, workers, resources, watcher)
 
     with display:

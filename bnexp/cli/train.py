@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnexp.cli.drawing import Drawer
 from bnexp.cli.processes import check_count, joined_ranks, start_processes
 from bnexp.cli.streams import printing_what_can_be
 from bnexp.config import Config, load_config, resolve
@@ -18,6 +18,7 @@ from bnexp.importing import require_extra
 from bnexp.memory_size import format_bytes
 from bnexp.performance import prepare_process, quick_imports, wait_briefly
 from bnexp.records import RUNS, Run, find_run
+from bnexp.report.beside import Drawer
 
 if TYPE_CHECKING:
     from bnexp.experiment import Outcome
@@ -54,7 +55,7 @@ def run_train(
         assignments.append(f"device={json.dumps(device)}")
     if name is not None:
         assignments.append(f"name={json.dumps(name)}")
-    with joined_ranks() as ranks:
+    with joined_ranks() as ranks, contextlib.ExitStack() as stack:
         with ranks.together("the command line"):
             run = find_run(resume, runs) if resume else None
             settings = _settings(config, assignments, run)
@@ -67,7 +68,7 @@ def run_train(
             start_processes(processes)
         # Before others of its own are busy, and both before torch is imported.
         wait_briefly()
-        drawer = Drawer() if ranks.rank == 0 and not dry_run else None
+        drawer = stack.enter_context(Drawer()) if ranks.rank == 0 and not dry_run else None
         with quick_imports():
             prepare_process(settings.performance.allocator, settings.performance.tf32)
             from bnexp.experiment import run_experiment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 import random
 import sys
@@ -99,6 +100,7 @@ def readers_of_random_states(model: nn.Module) -> list[Callable[[], object]]:
 # What every module has: training flag, parameters, buffers, submodules, hooks.
 _OF_ALL_MODULES = vars(nn.Module()).keys()
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+_MISSING = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -224,14 +226,17 @@ class _Glance:
         self._values = [value for _, _, value in items]
         plain = [t for t in tensors if t.memory]
         self._plain, self._memory = [t.tensor for t in plain], [t.memory for t in plain]
+        self._without = [t for t in tensors if not t.memory]
         self._all, self._versions = [t.tensor for t in tensors], [t.version for t in tensors]
 
     def is_untouched(self) -> bool:
+        items = self._of, self._keys, itertools.repeat(_MISSING)
         return (
             [*map(len, self._whole)] == self._lengths
-            and all(map(operator.is_, map(dict.get, self._of, self._keys), self._values))
+            and all(map(operator.is_, map(dict.get, *items), self._values))
             and [t._version for t in self._all] == self._versions
             and [t.data_ptr() for t in self._plain] == self._memory
+            and not any(t.is_changed() for t in self._without)
             and all(h.untouched() for h in self._others)
         )
 
@@ -265,7 +270,8 @@ class _Held:
             return False
         if isinstance(then, list):
             return all(map(operator.is_, now, then))
-        return all(map(operator.is_, map(now.get, then), then.values()))
+        found = map(now.get, then, itertools.repeat(_MISSING))
+        return all(map(operator.is_, found, then.values()))
 
     def difference(self) -> str | None:
         """What differs: a key of a dict, "items" of a list or set."""

@@ -143,7 +143,9 @@ def test_ghost_batches(kind, tracked):
     set_normalization_batch(model, 3)
     tracker = StatisticsTracker(model, {"mean": Cumulative()}) if tracked else None
     x = inputs[0]
-    assert torch.equal(model(x), torch.cat([reference(part) for part in x.split(3)]))
+    # Where a vector of the CPU's registers begins decides the last digit of an activation.
+    parts = torch.cat([reference(part) for part in x.split(3)])
+    torch.testing.assert_close(model(x), parts, rtol=1e-6, atol=1e-6)
     reference[1].momentum = None
     reference[1].reset_running_stats()
     for part in x.split(3):
