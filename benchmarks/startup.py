@@ -5,8 +5,8 @@
 Whole processes of one thread, in turns, of `import torch`, `bnexp --help`, `bnexp data`,
 `bnexp train smoke` (300 steps of a small network) and `bnexp eval` of that run. Prints medians
 over the rounds of wall and of processor seconds, and of the ratios of wall seconds to those of
-`import torch` in the same round. The process that draws a training's picture uses another core, and
-is not in the processor seconds.
+`import torch` in the same round. The process that draws a training's picture uses another core; it
+is in the processor seconds.
 """
 
 from __future__ import annotations
