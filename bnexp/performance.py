@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import NamedTuple
 
 _M_TRIM_THRESHOLD = -1
@@ -53,8 +54,8 @@ def _used() -> _Used | None:
     try:
         mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         with open("/proc/stat") as file:
-            cores = [line.split() for line in file if line.split()[:1] and line.split()[0] in mine]
-        ticks = [[int(word) for word in core[1:9]] for core in cores]
+            cores = [line.split() for line in takewhile(lambda line: line[:3] == "cpu", file)]
+        ticks = [[int(word) for word in core[1:9]] for core in cores if core[0] in mine]
         whole = sum(map(sum, ticks))
         idle = sum(core[3] + core[4] for core in ticks)  # waiting for a disk is idle, too
         second = os.sysconf("SC_CLK_TCK")
@@ -117,8 +118,7 @@ def allow_tf32(allowed: bool) -> None:
 
 def prepare_process(allocator: bool, tf32: bool) -> None:
     """What a process that trains alone sets, as the config's `performance` says. Call it before
-    torch is imported."""
-    wait_briefly()
+    the first large allocation."""
     if allocator:
         keep_freed_memory()
     allow_tf32(tf32)

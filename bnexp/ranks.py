@@ -349,11 +349,13 @@ class _Line:
     def say_failed(self) -> None:
         """For ranks that don't meet for long."""
         with contextlib.suppress(RuntimeError):  # it is gone with the rank that held it
-            self._store.set(f"failed {self._name} {self.failures}", "1")
+            if self._group is not None:
+                self._store.set(f"failed {self._name} {self.failures}", "1")
 
     def has_failed(self) -> bool:
         with contextlib.suppress(RuntimeError):
-            return self._store.check([f"failed {self._name} {self.failures}"])
+            if self._group is not None:
+                return self._store.check([f"failed {self._name} {self.failures}"])
         return False
 
     def say_ending(self) -> None:

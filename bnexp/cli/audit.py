@@ -43,8 +43,8 @@ def run_audit(
             raise UserError(f"--mend {mend} exists: name a file that doesn't")
         if not mend.parent.is_dir():
             raise UserError(f"--mend {mend} can't be written: there is no folder {mend.parent}")
+    wait_briefly()
     with quick_imports():
-        wait_briefly()
         keep_freed_memory()
         import torch
 

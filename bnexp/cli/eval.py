@@ -15,7 +15,7 @@ from bnexp.condition import made_by
 from bnexp.config import Config, resolve
 from bnexp.config.schema import RECOMPUTE_METHODS
 from bnexp.errors import ExpectationNotMet, UserError, shown
-from bnexp.performance import prepare_process, quick_imports
+from bnexp.performance import prepare_process, quick_imports, wait_briefly
 from bnexp.records import RUNS, Run, find_run, newest_finished_run
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def run_eval(
         raise UserError(f"--weights {weights}: allowed are {', '.join(WEIGHTS)}")
     found = find_run(run, runs) if run is not None else newest_finished_run(runs)
     config = _with(found, methods[0] if len(methods) == 1 else None, samples, overrides)
+    wait_briefly()
     with quick_imports():
         prepare_process(config.performance.allocator, config.performance.tf32)
         from bnexp.device import describe_device, resolve_device

@@ -12,7 +12,7 @@ from bnexp.atomic import write_atomically
 from bnexp.cli.eval import WEIGHTS
 from bnexp.config import resolve
 from bnexp.errors import UserError
-from bnexp.performance import prepare_process, quick_imports
+from bnexp.performance import prepare_process, quick_imports, wait_briefly
 from bnexp.records import find_run
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def run_export(
         raise UserError(f"{out} can't be written: there is no folder {out.parent}")
     found = find_run(run, runs)
     config = resolve(found.config, [], f"{found.path}/config.yaml")
+    wait_briefly()
     with quick_imports():
         prepare_process(config.performance.allocator, config.performance.tf32)
         from bnexp.device import resolve_device

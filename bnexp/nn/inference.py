@@ -216,8 +216,8 @@ class _Glance:
     thousand attributes, and each BN layer asks."""
 
     def __init__(self, held: list[_Held], tensors: list[_HeldTensor]) -> None:
-        dicts = [h for h in held if type(h.now) in (dict, OrderedDict, defaultdict)]
-        self._others = [h for h in held if type(h.now) not in (dict, OrderedDict, defaultdict)]
+        dicts = [h for h in held if isinstance(h.now, dict)]
+        self._others = [h for h in held if not isinstance(h.now, dict)]
         self._whole = [h.now for h in dicts if h.whole]
         self._lengths = [len(h.then) for h in dicts if h.whole]
         items = [(h.now, key, value) for h in dicts for key, value in h.then.items()]
@@ -234,7 +234,7 @@ class _Glance:
         return (
             [*map(len, self._whole)] == self._lengths
             and all(map(operator.is_, map(dict.get, *items), self._values))
-            and [t._version for t in self._all] == self._versions
+            and [*map(version_of, self._all)] == self._versions
             and [t.data_ptr() for t in self._plain] == self._memory
             and not any(t.is_changed() for t in self._without)
             and all(h.untouched() for h in self._others)

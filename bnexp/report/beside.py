@@ -12,6 +12,9 @@ from pathlib import Path
 
 from bnexp.report import write_results_png
 
+# Imports come from where they come from here.
+_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from bnexp.report.beside import main; main()"
+
 
 class Drawer:
     """Starts the process, which is gone when the block is left, however that is."""
@@ -20,15 +23,12 @@ class Drawer:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Drawer:
-        # Nothing is imported from the working folder, and bnexp from where it is here.
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
         with contextlib.suppress(OSError):  # no further process, or memory, to be had
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__],
+                [sys.executable, "-P", "-c", _PROGRAM, *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 # Ctrl-C is for the command, which ends this process.
                 process_group=0 if os.name == "posix" else None,
             )
@@ -51,10 +51,10 @@ class Drawer:
                 process.stdin.close()
         yield
         if process is None or process.wait() != 0:
-            draw(run)
+            _draw(run)
 
 
-def draw(run: Path) -> None:
+def _draw(run: Path) -> None:
     """Draw it here; where that fails, say why in a line."""
     from bnexp.records import Run
 
@@ -66,14 +66,11 @@ def draw(run: Path) -> None:
             print(f"bnexp: results.png could not be drawn ({reason:.300})", file=sys.stderr)
 
 
-def _main() -> None:
+def main() -> None:
+    """The process: draws the run that it is told of, if it is."""
     gc.disable()  # it lives long, and works for a moment
     with contextlib.suppress(Exception):  # if need be, drawing says it
         import bnexp.report.figures
         import bnexp.report.run_data  # noqa: F401
     if path := sys.stdin.readline():
-        draw(Path(path.removesuffix("\n")))
-
-
-if __name__ == "__main__":
-    _main()
+        _draw(Path(path.removesuffix("\n")))

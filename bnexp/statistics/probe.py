@@ -153,7 +153,7 @@ class Probe:
 
     @property
     def _held(self) -> list[int]:
-        """What a pass holds at each BN layer, on an average of the batches."""
+        """What a pass holds while it waits at each BN layer."""
         later = [call.held for call in self.calls[1:]]
         return [self.given if self.again else self.calls[0].held, *later]
 
