@@ -76,9 +76,11 @@ def test_two_processes_print_once_and_one_goes_on(bnexp, config):
     wait_for(lambda: not processes_of(bnexp.cwd), 20)
 
 
-def test_ctrl_c_ends_all_with_a_checkpoint_and_130(bnexp, config):
-    command, run, _ = under_way(bnexp, config)
-    command.signal(signal.SIGINT)
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_ctrl_c_ends_all_with_a_checkpoint_and_130(bnexp, config, send):
+    """Sent to the command, or by a terminal to its process group."""
+    command, run, _ = under_way(bnexp, config, inject="import os; os.setpgid(0, 0)")
+    send(command.pid, signal.SIGINT)
     done = command.wait()
     assert done.code == 130
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("bnexp: ")]

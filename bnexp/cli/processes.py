@@ -80,6 +80,8 @@ def _run_command(words: list[str]) -> None:
     from bnexp.cli import main
     from bnexp.forking import end_with_parent
 
+    # A terminal's Ctrl-C is for the agent, which passes it on: of two, the second ends at once.
+    os.setpgid(0, 0)
     end_with_parent()
     sys.argv = ["bnexp", *words]
     main()
