@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,7 @@ class Command:
     def __init__(self, server: subprocess.Popen, pid: int, folder: Path) -> None:
         self._server = server
         self.pid = pid
+        self.waited = False
         self._folder = folder
 
     def signal(self, number: int) -> None:
@@ -118,6 +120,7 @@ class Command:
         return path.read_text() if path.exists() else ""  # killed before it began
 
     def wait(self) -> Finished:
+        self.waited = True
         self._server.stdin.write("wait\n")
         self._server.stdin.flush()
         code = int(self._server.stdout.readline())
@@ -131,6 +134,7 @@ class Commands:
         self._server = server
         self.cwd = cwd
         self._logs = logs
+        self._command: Command | None = None
 
     def start(
         self,
@@ -157,10 +161,18 @@ class Commands:
         }
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
-        return Command(self._server, int(self._server.stdout.readline()), folder)
+        self._command = Command(self._server, int(self._server.stdout.readline()), folder)
+        return self._command
 
     def __call__(self, *arguments: object, **options) -> Finished:
         return self.start(*arguments, **options).wait()
+
+    def end(self) -> None:
+        """Kills what a test that failed or was skipped has left running, so that the server is
+        free for the next test."""
+        if self._command is not None and not self._command.waited:
+            self._command.signal(signal.SIGKILL)
+            self._command.wait()
 
 
 def run_of(bnexp: Commands, done: Finished) -> Run:
@@ -213,15 +225,19 @@ def second_command_server():
 
 
 @pytest.fixture
-def bnexp(command_server, tmp_path, tmp_path_factory) -> Commands:
+def bnexp(command_server, tmp_path, tmp_path_factory) -> Iterator[Commands]:
     """`bnexp("train", "config.yaml")` in an empty folder."""
-    return Commands(command_server, tmp_path, tmp_path_factory.mktemp("logs"))
+    commands = Commands(command_server, tmp_path, tmp_path_factory.mktemp("logs"))
+    yield commands
+    commands.end()
 
 
 @pytest.fixture
-def bnexp_beside(second_command_server, tmp_path, tmp_path_factory) -> Commands:
+def bnexp_beside(second_command_server, tmp_path, tmp_path_factory) -> Iterator[Commands]:
     """The same in the same folder, for a second process at the same time."""
-    return Commands(second_command_server, tmp_path, tmp_path_factory.mktemp("logs"))
+    commands = Commands(second_command_server, tmp_path, tmp_path_factory.mktemp("logs"))
+    yield commands
+    commands.end()
 
 
 @pytest.fixture(scope="session")

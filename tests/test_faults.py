@@ -103,20 +103,33 @@ def test_out_of_memory_in_an_evaluation_is_a_line(bnexp, config):
 
 
 @pytest.fixture
-def read_only():
+def read_only(tmp_path_factory):
     """Makes folders read-only, for root too, where that is allowed."""
     mounted = []
 
-    def make(folder):
-        for options in (["--bind", str(folder)], ["-o", "remount,ro,bind"]):
-            done = subprocess.run(["mount", *options, str(folder)], capture_output=True)
-            if done.returncode:
-                pytest.skip("mounting is not allowed here")
-            mounted.append(folder)
+    def mount(*arguments):
+        return subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode == 0
 
-    yield make
-    for folder in set(mounted):
-        subprocess.run(["umount", str(folder)], check=True)
+    def bind(folder):
+        if bound := mount("--bind", folder, folder):
+            mounted.append(folder)
+        return bound
+
+    def protect(folder):
+        return mount("-o", "remount,ro,bind", folder)
+
+    def make(folder):
+        assert bind(folder)
+        wait_for(lambda: protect(folder))  # refused while a file there is open for writing
+
+    try:
+        trial = tmp_path_factory.mktemp("read-only")
+        if not (bind(trial) and protect(trial)):
+            pytest.skip("mounting is not allowed here")
+        yield make
+    finally:
+        for folder in mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_folder_that_becomes_read_only(bnexp, config, read_only):
