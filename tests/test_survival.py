@@ -301,7 +301,7 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     yield path
-    subprocess.run(["umount", str(path)], check=True)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def test_a_disk_that_fills_up_during_the_run(bnexp, config, small_disk):
