@@ -342,6 +342,10 @@ def test_another_number_of_threads_is_recorded_and_said(bnexp, config):
     assert run.environment["resumes"][0]["threads"] == 1
     done = bnexp("train", "--resume", run.path, "training.steps=15")
     assert done.code == 0 and "the run had" not in done.stderr
+    run.write_json("environment.json", {**environment, "threads": 3})
+    done = bnexp("train", "--resume", run.path, "training.steps=20", "--quiet")
+    assert done.code == 0
+    assert only_line(done, 0).startswith("bnexp: the run had 3 threads and goes on with 1: from")
 
 
 def test_data_that_have_changed_are_refused_until_they_are_accepted(bnexp, config):

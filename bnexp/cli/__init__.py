@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import threading
+import warnings
+from pathlib import Path
 from typing import NoReturn
 
 # First, as it looks at the machine, and would wait were it asked at once what it has seen.
@@ -30,6 +32,8 @@ from bnexp.importing import IMPORTED
 from bnexp.ranks import refuse_launcher
 
 MESSAGE = 2000
+_PACKAGE = Path(__file__).parent.parent
+_show_warning = warnings.showwarning
 
 app = typer.Typer(
     help="Train CNNs with batch normalization and measure what its moving averages are worth.",
@@ -95,6 +99,7 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, interrupt)
     _prepare_streams()
+    warnings.showwarning = _warn
     try:
         try:
             if sys.argv[1:2] != ["train"]:
@@ -136,14 +141,25 @@ def _fail_if_explained(error: BaseException) -> None:
         _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
 
 
+def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning of ours is a line like an error's; those of others name their file and line."""
+    if Path(filename).is_relative_to(_PACKAGE):
+        _say(str(message))
+    else:
+        _show_warning(message, category, filename, lineno, file, line)
+
+
 def _fail(message: str, exit_code: int) -> NoReturn:
-    """One line of bounded length, whatever the names in it hold. Of several processes rank 0 says
-    it: what happens to one of them happens to all."""
-    if is_silent():
-        sys.exit(exit_code)
+    """Of several processes rank 0 says it: what happens to one of them happens to all."""
+    if not is_silent():
+        _say(message)
+    sys.exit(exit_code)
+
+
+def _say(message: str) -> None:
+    """One line of bounded length, whatever the names in it hold."""
     if len(message) > MESSAGE:
         message = f"{message[: MESSAGE // 2]} ... {message[-MESSAGE // 2 :]}"
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     with contextlib.suppress(OSError, ValueError):  # the exit code says it, too
         print(f"bnexp: {line}", file=sys.stderr)
-    sys.exit(exit_code)

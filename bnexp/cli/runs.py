@@ -14,6 +14,7 @@ from bnexp.errors import UserError
 from bnexp.printable import printable
 from bnexp.records import Run, all_runs
 from bnexp.records.study import StudyRecord, all_studies
+from bnexp.report.run_data import described_data
 
 
 def run_runs(folder: Path, as_json: bool) -> None:
@@ -71,7 +72,7 @@ def _print_studies(studies: list[dict[str, Any]]) -> None:
 def _describe_or_damaged(run: Run) -> dict[str, Any]:
     try:
         return describe(run)
-    except UserError:
+    except (UserError, LookupError, TypeError):
         fields = ("data", "model", "step", "total_steps", "test_accuracy", "created")
         unknown = dict.fromkeys(fields)
         return {"name": run.name, "path": str(run.path), "state": "damaged", **unknown}
@@ -83,7 +84,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "path": str(run.path),
-        "data": config["data"]["name"],
+        "data": described_data(config["data"]),
         "model": config["model"]["name"],
         "step": state.get("step"),
         "total_steps": state.get("total_steps"),

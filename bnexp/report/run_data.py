@@ -134,7 +134,7 @@ def _setup(config: Mapping[str, Any]) -> Setup:
         raise ValueError("training.ema_accuracy_decay is not below 1")
     return Setup(
         model=str(config["model"]["name"]),
-        data=_data(config["data"]),
+        data=described_data(config["data"]),
         seed=int(config.get("seed", 0)),
         batch_size=int(training["batch_size"]),
         ema_decay=decay,
@@ -142,7 +142,9 @@ def _setup(config: Mapping[str, Any]) -> Setup:
     )
 
 
-def _data(config: Mapping[str, Any]) -> str:
+def described_data(config: Mapping[str, Any]) -> str:
+    """The data set of a config's section `data`, with what was done to its images. LookupError or
+    TypeError where the section is damaged."""
     worse = config.get("corruption")
     name = ("binary " if config.get("binary") else "") + str(config["name"])
     return f"{name} with {worse['name']} {worse['severity']} in testing" if worse else name

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from example import make_run
 from typer.testing import CliRunner
 
@@ -54,6 +55,21 @@ def test_runs_lists_the_newest_first(folder):
     assert rows[-1]["test_accuracy"] == accuracy["kinds"][0]["accuracy"]
     assert f"{rows[-1]['test_accuracy']:.2%}" in lines[-1]
     assert "interrupted" in lines[2]
+
+
+def test_runs_says_what_was_done_to_the_images(tmp_path):
+    path = make_run(tmp_path, steps=300).path / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+
+    def row_with(section):
+        path.write_text(yaml.safe_dump({**config, "data": {"name": "digits", **section}}))
+        return json.loads(bnexp("runs", "--folder", str(tmp_path), "--json"))[0]
+
+    assert row_with({"binary": True})["data"] == "binary digits"
+    assert "binary digits" in bnexp("runs", "--folder", str(tmp_path))
+    fog = {"name": "fog", "severity": 3}
+    assert row_with({"corruption": fog})["data"] == "digits with fog 3 in testing"
+    assert row_with({"corruption": "fog"})["state"] == "damaged"
 
 
 def test_runs_where_there_are_none(tmp_path):
