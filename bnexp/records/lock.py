@@ -36,6 +36,7 @@ def locked(path: Path) -> Iterator[None]:
             # Only readers share: where the lock can't be shared, another training holds it.
             if not _try(handle, fcntl.LOCK_SH) or time.monotonic() > patience:
                 raise BlockingIOError(f"{path} is locked")
+            fcntl.flock(handle, fcntl.LOCK_UN)  # two that wait would share it for ever
             time.sleep(0.001)
         yield
     finally:

@@ -3,6 +3,7 @@ and whatever their files hold costs at most that record its row."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -222,6 +223,24 @@ def test_asking_never_keeps_a_training_from_its_lock(tmp_path):
         for reader in readers:
             reader.join()
     assert not is_locked(path)
+
+
+def test_of_two_that_wait_for_a_reader_one_has_the_lock(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    entered = []
+
+    def other(_):
+        reader.close()
+        monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("one keeps the other waiting"))
+        with locked(path):
+            entered.append("other")
+
+    with open(path, "w") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", other)
+        with locked(path):
+            entered.append("first")
+    assert entered == ["other", "first"]
 
 
 def test_a_lock_is_held_once(tmp_path):
