@@ -87,6 +87,9 @@ class Run(Folder):
         """`{"state", "step", "total_steps", "weights", "message", "diverged"}`; `diverged` says
         that a failure was the training's own, which would repeat itself. The state is `killed`
         when a run that says it is running no longer holds its lock, `unknown` without the file."""
+        return self.now(self._written_state)
+
+    def _written_state(self) -> dict[str, Any]:
         path = self.path / "state.json"
         state = {"step": 0, "total_steps": None, "weights": "last", "message": None}
         state["diverged"] = False
@@ -103,8 +106,6 @@ class Run(Folder):
         state["diverged"] = state["state"] == "failed" and state.get("diverged") is True
         if not isinstance(state["message"], str | None):
             raise UserError(f"{path} is damaged: its message is no text")
-        if state["state"] == "running" and not self.is_locked():
-            state["state"] = "killed"
         return state
 
     def comparison(self) -> dict[str, Any] | None:

@@ -55,6 +55,16 @@ class Folder:
         """Whether a process holds the folder. Asking never keeps one from taking it."""
         return lock.is_locked(self.path / ".lock")
 
+    def now(self, written: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The state that `written` reads; `killed` where it is running and nobody holds the
+        folder. Who writes another one does so before it lets go of the folder."""
+        state = written()
+        if state["state"] == "running" and not self.is_locked():
+            state = written()
+            if state["state"] == "running":
+                state["state"] = "killed"
+        return state
+
 
 Kind = TypeVar("Kind", bound=Folder)
 

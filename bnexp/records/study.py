@@ -57,6 +57,9 @@ class StudyRecord(Folder):
         """`{"state", "created", "grid", "experiments", "trainings", "done", "failed"}`; `failed`:
         identity -> why it was given up. The state is `killed` when a study that says it is running
         no longer holds its lock."""
+        return self.now(self._written_state)
+
+    def _written_state(self) -> dict[str, Any]:
         path = self.path / "state.json"
         found = read_json(path)
         if found is None:
@@ -73,8 +76,6 @@ class StudyRecord(Folder):
             isinstance(text, str) for text in (*texts, *failed.values())
         ):
             raise UserError(f"{path} is damaged: a text in it is none")
-        if state["state"] == "running" and not self.is_locked():
-            state["state"] = "killed"
         return state
 
     def results(self) -> tuple[list[str], list[dict[str, str]]]:

@@ -21,6 +21,9 @@ from bnexp.records import (
     find_run,
     newest_finished_run,
 )
+from bnexp.records.files import read_json
+from bnexp.records.folder import Folder
+from bnexp.records.study import create_study
 
 
 @pytest.fixture
@@ -141,3 +144,16 @@ def test_a_run_whose_process_died_is_said_to_be_killed(tmp_path, config):
     holder.kill()
     holder.wait()
     assert run.state["state"] == "killed"
+
+
+def test_a_run_that_ends_while_it_is_looked_at_was_not_killed(tmp_path, config, monkeypatch):
+    run = create(config, {}, tmp_path / "runs")
+    study = create_study("grid", "", {"state": "running"}, tmp_path / "runs")
+    run.write_state("running", 5, 10)
+
+    def ending(self):
+        self.write_json("state.json", {**read_json(self.path / "state.json"), "state": "finished"})
+        return False
+
+    monkeypatch.setattr(Folder, "is_locked", ending)
+    assert run.state["state"] == study.state["state"] == "finished"
