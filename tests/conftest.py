@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from bnexp.records import Run
 
@@ -25,6 +26,10 @@ ROOT = Path(__file__).parent.parent
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("bnexp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("bnexp")
 
 needs_fashion_mnist = pytest.mark.skipif(
     not FASHION_MNIST.exists(), reason="Fashion-MNIST is not installed"
