@@ -321,10 +321,10 @@ def test_a_disk_that_fills_up_during_the_run(bnexp, config, small_disk):
     )
     run = Run(small_disk / "runs" / "victim-1")
     wait_for(lambda: list((run.path / "checkpoints").glob("step-*.pt")))
-    with open(filler, "wb") as file, contextlib.suppress(OSError):
+    # Without a buffer, which closing the file would try to write once more.
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(100_000))
-            file.flush()
     done = command.wait()
     assert done.code == 1, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("bnexp: the disk is full")
