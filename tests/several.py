@@ -39,8 +39,8 @@ def run_ranks(
     function: Callable[..., Any],
     size: int,
     *arguments: Any,
-    deadline: float = 60.0,
-    timeout: float = 30.0,
+    deadline: float = 120.0,
+    timeout: float = 90.0,
 ) -> list[Outcome]:
     """`function(rank, *arguments)` in `size` processes that are one process group.
 

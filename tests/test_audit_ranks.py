@@ -99,7 +99,7 @@ def split_already(rank, what):
 
 @pytest.mark.parametrize("what", ["population", "test"])
 def test_samples_that_are_split_already_are_refused(what):
-    for outcome in run_ranks(split_already, 2, what, deadline=60):
+    for outcome in run_ranks(split_already, 2, what):
         assert type(outcome.error) is UserError, outcome.trace
         assert f"rank 1 has other {what} batches than rank 0" in str(outcome.error)
         assert "DistributedSampler" in str(outcome.error)
@@ -115,7 +115,7 @@ def a_score_that_fails(rank):
 
 
 def test_what_fails_on_one_rank_fails_on_all():
-    for outcome in run_ranks(a_score_that_fails, 2, deadline=60):
+    for outcome in run_ranks(a_score_that_fails, 2):
         assert type(outcome.error) is RunFailed
         assert str(outcome.error) == "rank 1: KeyError: 'weight'"
 

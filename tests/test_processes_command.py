@@ -73,7 +73,7 @@ def test_two_processes_print_once_and_one_goes_on(bnexp, config):
     assert done.code == 0, done.stderr
     assert "the run had 2 processes and goes on with 1" in done.stderr
     assert run.steps()["step"].tolist() == list(range(1, 21))
-    wait_for(lambda: not processes_of(bnexp.cwd), 20)
+    wait_for(lambda: not processes_of(bnexp.cwd))
 
 
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
@@ -89,7 +89,7 @@ def test_ctrl_c_ends_all_with_a_checkpoint_and_130(bnexp, config, send):
     state = run.state
     assert state["state"] == "interrupted"
     assert len(run.steps()["step"]) == state["step"]
-    wait_for(lambda: not processes_of(bnexp.cwd), 20)
+    wait_for(lambda: not processes_of(bnexp.cwd))
 
 
 def test_a_signal_that_is_ignored_ends_nothing(bnexp, config):
@@ -115,7 +115,7 @@ def test_kill_9_of_a_process_ends_the_others_and_the_run_resumes(bnexp, config, 
     assert f"bnexp: process {culprit} was killed (SIGKILL)" in done.stderr
     assert "Traceback" not in done.stderr
     assert run.state["state"] in (["killed"] if culprit == 0 else ["failed", "interrupted"])
-    wait_for(lambda: not processes_of(bnexp.cwd), 20)
+    wait_for(lambda: not processes_of(bnexp.cwd))
     step = run.state["step"]
     done = bnexp("train", "--resume", run.path, f"training.steps={step + 5}")
     assert done.code == 0, done.stderr
@@ -127,7 +127,7 @@ def test_without_their_agent_the_processes_end_by_themselves(bnexp, config):
     command, run, _ = under_way(bnexp, config)
     command.signal(signal.SIGKILL)
     command.wait()
-    wait_for(lambda: not processes_of(bnexp.cwd), 60)
+    wait_for(lambda: not processes_of(bnexp.cwd))
     assert run.state["state"] == "interrupted"
 
 

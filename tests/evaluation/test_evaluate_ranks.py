@@ -115,9 +115,9 @@ def a_loader_that_fails(rank):
 
 
 def test_faults():
-    for outcome in run_ranks(nobody_has_any, 2, deadline=30):
+    for outcome in run_ranks(nobody_has_any, 2):
         assert type(outcome.error) is UserError
         assert str(outcome.error) == "there are no samples to evaluate on: the split is empty"
-    for outcome in run_ranks(a_loader_that_fails, 3, deadline=30):
+    for outcome in run_ranks(a_loader_that_fails, 3):
         assert type(outcome.error) is RunFailed
         assert str(outcome.error) == "rank 1: OSError: cannot decode dog.jpg"

@@ -222,10 +222,10 @@ def other_rules(rank):
 
 
 def test_faults():
-    for outcome in run_ranks(failing, 2, deadline=30):
+    for outcome in run_ranks(failing, 2):
         assert type(outcome.error) is RunFailed
         assert str(outcome.error) == "rank 1: ZeroDivisionError: in the loss"
-    for outcome in run_ranks(other_rules, 2, deadline=30):
+    for outcome in run_ranks(other_rules, 2):
         assert type(outcome.error) is UserError
         assert "the estimators of a StatisticsTracker: rank 0 has" in str(outcome.error)
 
