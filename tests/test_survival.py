@@ -83,7 +83,9 @@ def test_kill_9_at_random_moments_changes_nothing(bnexp, config):
     whole = time.monotonic() - started
     rng = random.Random(0)
     kills = 0
-    for attempt in range(4):
+    for attempt in range(30):
+        if kills >= 8:
+            break
         name = f"victim{attempt}"
         command = bnexp.start("train", config, "--name", name)
         path = bnexp.cwd / "runs" / f"{name}-1"
@@ -103,7 +105,7 @@ def test_kill_9_at_random_moments_changes_nothing(bnexp, config):
             assert done.code == 0, done.stderr
         assert_same_run(reference, Run(path))
         assert not list((path / "checkpoints").glob(".*"))
-    assert kills >= 6
+    assert kills >= 8
 
 
 @pytest.mark.parametrize("moment", ["checkpoint", "evaluation"])
