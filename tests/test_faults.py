@@ -489,6 +489,19 @@ def test_a_signal_during_eval_leaves_the_run_as_it_was(bnexp, config, number):
     assert content(run.path) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_a_command_that_is_ending_changes_nothing(bnexp, number):
+    inject = (
+        "import bnexp.cli, os\n"
+        "original = bnexp.cli.flush_or_give_up\n"
+        "def flush():\n"
+        f"    os.kill(os.getpid(), {number:d})\n"
+        "    original()\n"
+        "bnexp.cli.flush_or_give_up = flush\n"
+    )
+    assert "nothing" in only_line(bnexp("train", "nothing.yaml", inject=inject), 2)
+
+
 # ------------------------------------------------------------------------------------- compiler
 
 

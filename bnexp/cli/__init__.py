@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -95,9 +96,7 @@ def main() -> None:
         interrupted = True
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, interrupt)
+    _at_a_signal(interrupt)
     _prepare_streams()
     warnings.showwarning = _warn
     try:
@@ -119,6 +118,12 @@ def main() -> None:
         raise
     finally:
         flush_or_give_up()
+
+
+def _at_a_signal(handler: Callable[..., object]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handler)
 
 
 def _prepare_streams() -> None:
@@ -150,9 +155,13 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    """Of several processes rank 0 says it: what happens to one of them happens to all."""
+    """Of several processes rank 0 says it: what happens to one of them happens to all. Whoever is
+    impatient meanwhile changes nothing about it."""
+    _at_a_signal(lambda *_: None)
     if not is_silent():
         _say(message)
+    flush_or_give_up()
+    _at_a_signal(lambda *_: os._exit(exit_code))
     sys.exit(exit_code)
 
 
