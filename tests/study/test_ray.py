@@ -79,13 +79,13 @@ class KillsTheNode(Silent):
 
 def test_a_node_that_dies_loses_nothing(cluster, tmp_path):
     text = LONG.replace("seeds: 2", "seeds: 1").replace("[20, 30]", "[20]")
-    plan = plan_of(text, "training.steps=6000", "checkpoints.every_steps=500")
+    plan = plan_of(text, "training.steps=12000", "checkpoints.every_steps=500")
     display = KillsTheNode(cluster, tmp_path)
     found = run_study(plan, on_ray, 1, display, runs=tmp_path)
     assert display.killed and found.states == {"finished": 1}
     (folder,) = found.record.experiments.iterdir()
     lines = (folder / "steps.csv").read_text().splitlines()[1:]
-    assert [int(line.split(",")[0]) for line in lines] == list(range(1, 6001))
+    assert [int(line.split(",")[0]) for line in lines] == list(range(1, 12001))
     resumes = found.record.run(folder.name).environment["resumes"]
     assert resumes and resumes[0]["step"] >= 500  # it did not begin anew
     undisturbed = run_study(plan, local, 1, Silent(), runs=tmp_path / "here")
