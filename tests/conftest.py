@@ -191,7 +191,7 @@ def trained(bnexp: Commands, *arguments: object) -> Run:
     return run_of(bnexp, done)
 
 
-def wait_for(condition, seconds: float = 60):
+def wait_for(condition, seconds: float = 120):
     """The first true value of `condition()`."""
     end = time.monotonic() + seconds
     while not (found := condition()):
