@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bnexp.errors import UserError
 from bnexp.printable import printable
@@ -58,10 +58,15 @@ def read_image(path: Path) -> Image.Image:
     pixels in a range that does not say what is white.
     """
     try:
-        with Image.open(path) as file:
+        # Not by its name: of what it then maps into memory, Pillow 13 mixes up turned pixels.
+        with path.open("rb") as opened, Image.open(opened) as file:
             return _rgb(file, path)
     except (UserError, MemoryError):
         raise
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{printable(path)} can't be decoded (cannot identify image file); replace or remove it"
+        ) from None
     except Image.DecompressionBombError:
         raise UserError(
             f"{printable(path)} is larger than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels "

@@ -193,6 +193,18 @@ def test_images_are_turned_as_exif_says(tmp_path, orientation, suffix):
     assert np.abs(pixels_of(path).astype(int) - shown).max() <= 2
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_uncompressed_grey_images_are_turned_too(tmp_path, dtype, orientation):
+    """Pillow maps such files into memory, and mixes up the rows of those on their side."""
+    stored = np.arange(0, 256, 2).reshape(8, 16).astype(dtype) * (257 if dtype is np.uint16 else 1)
+    tiff(tmp_path / "i.tif", stored, t258=stored.itemsize * 8, t274=orientation)
+    levels = np.arange(0, 256, 2).reshape(8, 16).T
+    shown = levels[:, ::-1] if orientation in (6, 7) else levels
+    shown = shown[::-1] if orientation in (7, 8) else shown
+    np.testing.assert_array_equal(grey_of(tmp_path / "i.tif"), shown)
+
+
 def test_16_bits_are_turned_too(tmp_path):
     exif = Image.Exif()
     exif[0x112] = 3
