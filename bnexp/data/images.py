@@ -83,6 +83,8 @@ def read_image(path: Path) -> Image.Image:
 
 def _rgb(file: Image.Image, path: Path) -> Image.Image:
     kind, tags = file.format, getattr(file, "tag_v2", {})
+    if kind == "PNG" and file.tile:
+        _bring_transparent_colour_to_8_bits(file)
     image = ImageOps.exif_transpose(file) if _is_turned(file) else file
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_eight_bits(image, kind, tags, path))
@@ -90,6 +92,16 @@ def _rgb(file: Image.Image, path: Path) -> Image.Image:
         page = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(page, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _bring_transparent_colour_to_8_bits(file: Image.Image) -> None:
+    """Pillow scales a PNG's pixels, but not the colour that it says is transparent. (16 bits of
+    grey stay as they are until `_eight_bits`.)"""
+    bits, colour = file.tile[0][3], file.info.get("transparency")
+    if isinstance(colour, int) and bits in ("L;2", "L;4"):
+        file.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[bits]
+    elif isinstance(colour, tuple) and bits == "RGB;16B":
+        file.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _is_turned(file: Image.Image) -> bool:
@@ -120,4 +132,6 @@ def _eight_bits(image: Image.Image, kind: str | None, tags: Any, path: Path) -> 
             f"to {white:g} (white); bring them into that range"
         )
     grey = np.rint(pixels * (255 / white))
+    if kind == "PNG" and "transparency" in image.info:
+        grey[pixels == image.info["transparency"]] = 255
     return (255 - grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey).astype(np.uint8)

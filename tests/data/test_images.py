@@ -170,6 +170,39 @@ def test_a_transparent_colour_shows_the_white_page(tmp_path, mode):
     assert (grey_of(tmp_path / "i.png") == 255).all()
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int, bits: int, colour_type: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+
+
+@pytest.mark.parametrize(
+    "bits,colour_type,row,transparent,shown",
+    [
+        (2, 0, bytes([0b00_01_10_11]), (1,), [0, 255, 170, 255]),
+        (4, 0, bytes([0x05, 0xAF]), (5,), [0, 255, 170, 255]),
+        (16, 0, struct.pack(">4H", 0, 257, 30 * 257, 65535), (0,), [255, 1, 30, 255]),
+        (16, 0, struct.pack(">4H", 0, 257, 30 * 257, 65535), (30 * 257,), [0, 1, 255, 255]),
+        (16, 2, struct.pack(">12H", *3 * [0], *3 * [512], *6 * [0x8000]), 3 * (0x8000,),
+         [0, 2, 255, 255]),
+    ],
+)  # fmt: skip
+def test_a_transparent_colour_is_meant_in_the_bits_of_the_file(
+    tmp_path, bits, colour_type, row, transparent, shown
+):
+    path, colour = tmp_path / "i.png", struct.pack(f">{len(transparent)}H", *transparent)
+    path.write_bytes(
+        png_header(4, 1, bits, colour_type)
+        + png_chunk(b"tRNS", colour)
+        + png_chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + png_chunk(b"IEND", b"")
+    )
+    assert grey_of(path).tolist() == [shown]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
 def test_images_are_turned_as_exif_says(tmp_path, orientation, suffix):
@@ -223,14 +256,8 @@ def test_damaged_exif_data_are_passed_over(tmp_path):
 
 
 def test_an_image_too_large_for_pillow_is_one_line(tmp_path):
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
     path = tmp_path / "huge.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
+    path.write_bytes(png_header(20_000, 20_000, 8, 0) + png_chunk(b"IDAT", b""))
     with pytest.raises(UserError, match=r"huge.png is larger than the [\d,]+ pixels .*scale it"):
         read_image(path)
 
