@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from bnexp.errors import UserError
 from bnexp.printable import printable
@@ -21,6 +21,7 @@ SUFFIXES = frozenset((
 that the same folder is the same data everywhere."""
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # in TIFF
+_SAMPLE_FORMAT, _SIGNED = 339, 2
 _ORIENTATION = 0x112  # in EXIF
 
 
@@ -81,11 +82,16 @@ def read_image(path: Path) -> Image.Image:
         ) from None
 
 
-def _rgb(file: Image.Image, path: Path) -> Image.Image:
+def _rgb(file: ImageFile.ImageFile, path: Path) -> Image.Image:
     kind, tags = file.format, getattr(file, "tag_v2", {})
     if kind == "PNG" and file.tile:
         _bring_transparent_colour_to_8_bits(file)
     image = ImageOps.exif_transpose(file) if _is_turned(file) else file
+    if image.mode == "L" and _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+        raise UserError(
+            f"{printable(path)} has signed 8-bit pixels, which don't say what is white; save it "
+            "with unsigned ones"
+        )
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_eight_bits(image, kind, tags, path))
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -94,7 +100,7 @@ def _rgb(file: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _bring_transparent_colour_to_8_bits(file: Image.Image) -> None:
+def _bring_transparent_colour_to_8_bits(file: ImageFile.ImageFile) -> None:
     """Pillow scales a PNG's pixels, but not the colour that it says is transparent. (16 bits of
     grey stay as they are until `_eight_bits`.)"""
     bits, colour = file.tile[0][3], file.info.get("transparency")

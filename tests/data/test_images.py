@@ -134,6 +134,13 @@ def test_a_range_that_does_not_say_what_is_white_is_refused(tmp_path, values, me
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
+def test_signed_bytes_are_refused(tmp_path):
+    """Pillow reads -5 as 251."""
+    tiff(tmp_path / "i.tif", np.array([[-5, 100]], dtype=np.int8), t258=8, t339=2)
+    with pytest.raises(UserError, match=r"i.tif has signed 8-bit pixels, which don't say"):
+        read_image(tmp_path / "i.tif")
+
+
 # ----------------------------------------------------------------------- transparent and turned
 
 
