@@ -414,7 +414,7 @@ class _Judge:
         comparison = replace(comparison, layers=rows)
         found = Facts(
             layers=facts,
-            batch_size=self.population.sizes[0],
+            batch_size=next(size for size in self.population.sizes if size),
             population_samples=counted.seen,
             recomputed=main,
             batch=_gain_of(comparison, BATCH, close) if batch else None,

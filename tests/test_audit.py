@@ -517,6 +517,29 @@ def test_what_cannot_be_audited():
         audit(model, POPULATION, TEST, score=lambda output, batch: output)
 
 
+@pytest.mark.parametrize("label", [0.5, float("nan")])
+def test_labels_that_are_no_whole_numbers_are_not_cut_off(label):
+    x, y = TEST[0]
+    with pytest.raises(UserError, match="labels are no whole numbers: pass score="):
+        audit(healthy(), POPULATION, [(x, torch.where(y == 1, label, y.float()))])
+
+
+def test_one_number_per_sample_is_not_a_class_that_is_always_right():
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(100, 1))
+    with pytest.raises(UserError, match="gives one number per sample: pass score="):
+        audit(model, POPULATION, [(x, torch.zeros_like(y)) for x, y in TEST])
+
+
+def test_batches_without_samples():
+    model, none = healthy(), [(x[:0], y[:0]) for x, y in TEST[:1]]
+    with pytest.raises(UserError, match="no samples to test on"):
+        audit(model, POPULATION, none)
+    result, expected = audit(model, none + POPULATION, none + TEST), audit(model, POPULATION, TEST)
+    assert [r.accuracy for r in result.comparison.results] == [
+        r.accuracy for r in expected.comparison.results
+    ]
+
+
 def test_a_model_without_batchnorm():
     model = nn.Sequential(nn.Flatten(), nn.Linear(100, 4))
     result = audit(model, POPULATION, TEST)

@@ -207,7 +207,7 @@ class FirstSamples:
         size = getattr(self.batches, "batch_size", None)
         if size is None and isinstance(self.batches, Sequence) and count:
             size = size_of(self.batches[0])
-        if not isinstance(size, int):
+        if not isinstance(size, int) or not size:
             raise TypeError("batches of unknown sizes")
         return min(count, -(-self.samples // size))
 
@@ -316,6 +316,13 @@ def _classification(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
             f"and {tuple(labels.shape)}: pass score=lambda output, batch: ... with a number per "
             "sample"
         )
+    if output.shape[1] == 1:
+        raise UserError(
+            "the model gives one number per sample: pass score=lambda output, batch: ... that says "
+            "what it is worth"
+        )
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
+        raise UserError("the labels are no whole numbers: pass score=lambda output, batch: ...")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < output.shape[1]:
         raise UserError(
             f"labels from {int(labels.min())} to {int(labels.max())} don't fit the model's "
@@ -335,7 +342,7 @@ def _in_order(parts: list[list[Tensor]]) -> Tensor:
     """The rows of all batches, from those of each rank, which had every so manieth."""
     turns = itertools.zip_longest(*parts)
     rows = [part.cpu() for turn in turns for part in turn if part is not None]
-    if not rows:
+    if not any(row.shape[1] for row in rows):
         raise UserError("there are no samples to test on: is the iterator used up?")
     return torch.cat(rows, dim=1)
 
