@@ -540,6 +540,16 @@ def test_batches_without_samples():
     ]
 
 
+@pytest.mark.parametrize("broken", [1, 1000])
+def test_outputs_that_are_not_finite_are_said(broken):
+    """Also where all are, which looks like guessing."""
+    x, y = samples(1000, 2)
+    x[:broken] = float("nan")
+    result = audit(healthy(), POPULATION, [(x, y)])
+    said = f"{broken:,} of 1,000 outputs are not finite numbers; they count as wrong"
+    assert said in " ".join(str(result).split()) and said in result._repr_html_()
+
+
 def test_a_model_without_batchnorm():
     model = nn.Sequential(nn.Flatten(), nn.Linear(100, 4))
     result = audit(model, POPULATION, TEST)

@@ -42,6 +42,7 @@ def as_text(
     parts = [
         form.paragraph(summary),
         form.paragraph(comparison.verdict.text),
+        *map(form.paragraph, comparison.verdict.remarks),
         form.table(*_conditions(comparison)),
         *(_finding(i, finding, form) for i, finding in enumerate(findings, start=1)),
     ]
