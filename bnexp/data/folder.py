@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -158,7 +158,7 @@ def list_folder(root: Path | None, split_by_number: bool = False) -> Folder:
     test, val = listings.get("test"), listings.get("val")
     if test is None:
         test, val = listings["val"], None
-    return Folder(listings["train"], val, test, _shown(classes), "own folder", str(left_out))
+    return Folder(listings["train"], val, test, shown_classes(classes), "own folder", str(left_out))
 
 
 def _set_apart(root: Path, by_number: bool) -> Folder:
@@ -179,7 +179,7 @@ def _set_apart(root: Path, by_number: bool) -> Folder:
         )
     split = "by number" if by_number else "by name"
     train, test = everything.take(stays), everything.take(apart)
-    return Folder(train, None, test, _shown(classes), split, str(left_out))
+    return Folder(train, None, test, shown_classes(classes), split, str(left_out))
 
 
 def chosen_by_name(names: list[str], labels: np.ndarray) -> np.ndarray:
@@ -215,8 +215,13 @@ def _class_names(folder: Path, by_class: ByClass) -> list[str]:
     )
 
 
-def _shown(classes: list[str]) -> tuple[str, ...]:
-    return tuple(map(printable, classes))
+def shown_classes(classes: Iterable[str]) -> tuple[str, ...]:
+    """Their printable names. UserError where two have the same."""
+    shown = tuple(map(printable, classes))
+    if len(set(shown)) < len(shown):
+        twice = next(name for name in shown if shown.count(name) > 1)
+        raise UserError(f"two folders of classes are both shown as {twice}; rename one of them")
+    return shown
 
 
 def _mixed(by_class: ByClass, classes: list[str]) -> Listing:

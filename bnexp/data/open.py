@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from bnexp.data.folder import LeftOut, images_below, images_by_class
+from bnexp.data.folder import PARTS, LeftOut, images_below, images_by_class, shown_classes
 from bnexp.data.images import SUFFIXES, read_image
 from bnexp.data.sampling import generator
 from bnexp.errors import UserError
@@ -140,7 +140,14 @@ def classes_of(source: str) -> tuple[str, ...] | None:
     root = Path(source).expanduser()
     if is_object_name(source) or not root.is_dir():
         return None
-    return tuple(map(printable, sorted(images_by_class(root, LeftOut())))) or None
+    names = sorted(images_by_class(root, LeftOut()))
+    splits = [name for name in names if name.lower() in PARTS]
+    if len({PARTS[name.lower()] for name in splits}) > 1:
+        raise UserError(
+            f"{source} has {' and '.join(f'{name}/' for name in splits)}, which are no classes: "
+            f"name the one that is meant, as in {root / splits[0]}"
+        )
+    return shown_classes(names) or None
 
 
 def open_batches(

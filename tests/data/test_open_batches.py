@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bnexp.data.folder import list_folder
 from bnexp.data.open import Preparation, classes_of, open_batches, transform_of
 from bnexp.errors import UserError
 
@@ -44,6 +45,26 @@ def test_a_folder_per_class(folder):
         assert torch.allclose(x[0], (x[1] - 0.5) / 0.5)
     assert torch.equal(torch.cat([y for _, y in opened.batches]), labels), "the order is fixed"
     assert classes_of(str(folder)) == ("cat", "dog")
+
+
+@pytest.mark.parametrize("other", ["test", "Validation"])
+def test_splits_are_no_classes(folder, other):
+    for name, split in (("cat", "train"), ("dog", other)):
+        (folder / name).rename(folder / split)
+    with pytest.raises(UserError, match="no classes: name the one that is meant"):
+        classes_of(str(folder))
+    (folder / other).rename(folder / "apple")
+    assert classes_of(str(folder)) == ("apple", "train")
+
+
+def test_classes_that_are_shown_alike_are_refused(folder):
+    """One was taken for the other."""
+    (folder / "cat").rename(folder / "caf\udce9")
+    (folder / "dog").rename(folder / r"caf\xe9")
+    with pytest.raises(UserError, match=r"both shown as caf\\xe9; rename one"):
+        classes_of(str(folder))
+    with pytest.raises(UserError, match=r"both shown as caf\\xe9; rename one"):
+        list_folder(folder)
 
 
 def test_a_folder_without_labels_takes_every_image(folder):
