@@ -289,7 +289,7 @@ def audit(
     if unknown := [m for m in methods if m not in METHODS]:
         raise UserError(f"method {unknown[0]!r} is unknown: choose {', '.join(METHODS)}")
     device = torch.device(device) if device is not None else device_of(model)
-    task = Task(device, forward, score, ranks)
+    task = Task(device, forward, score, ranks, len(classes) if classes else None)
     words = score_name or ("accuracy" if score is None else "score")
     # A DataLoader draws from torch's generator whenever it is gone through.
     with ranks.together("an audit"), torch.random.fork_rng([]):
@@ -493,9 +493,6 @@ class _Judge:
             )
         most = max(max(p.labels.max(), p.predicted.max()) for p in predictions.values())
         classes = list(self.classes or map(str, range(int(most) + 1)))
-        if int(most) >= len(classes):
-            raise UserError(f"class {most} is predicted or is a label, and there are "
-                            f"{len(classes)} names of classes")  # fmt: skip
         return compare(predictions, baseline, classes, made=made, layers=layers)
 
     def _worst(

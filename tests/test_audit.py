@@ -530,6 +530,13 @@ def test_one_number_per_sample_is_not_a_class_that_is_always_right():
         audit(model, POPULATION, [(x, torch.zeros_like(y)) for x, y in TEST])
 
 
+def test_classes_that_are_not_those_of_the_model():
+    """Sorted names are not its outputs where one is missing, whatever it happens to predict."""
+    x, y = samples(200, 2)
+    with pytest.raises(UserError, match="tells 4 classes apart, and there are 3 names of classes"):
+        audit(healthy(), POPULATION, [(x, y * 0)], classes=("a", "b", "d"))
+
+
 def test_batches_without_samples():
     model, none = healthy(), [(x[:0], y[:0]) for x, y in TEST[:1]]
     with pytest.raises(UserError, match="no samples to test on"):

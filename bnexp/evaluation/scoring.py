@@ -70,6 +70,7 @@ class Task:
         probable class is the batch's label.
 
     ranks: who works on it; all have the same batches.
+    classes: how many the model is to tell apart, where that is known.
 
     Batches come with their tensors on `device`.
     """
@@ -78,6 +79,7 @@ class Task:
     forward: Forward | None = None
     score: Score | None = None
     ranks: Ranks = field(default_factory=Alone)
+    classes: int | None = None
 
     def output(self, model: nn.Module, batch: Any) -> Any:
         batch = to_device(batch, self.device)
@@ -89,7 +91,7 @@ class Task:
         with torch.inference_mode():
             output = self.output(model, batch)
             if self.score is None:
-                return classified(*_classification(output, batch))
+                return classified(*self._classification(output, batch))
             return _checked(self.score(output, batch)).double()[None]
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
@@ -97,10 +99,20 @@ class Task:
         batch = to_device(batch, self.device)
         output = self.output(model, batch)
         if self.score is None:
-            logits, labels = _classification(output, batch)
+            logits, labels = self._classification(output, batch)
             return F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
         values = _checked(self.score(output, batch))
         return -values.sum(), len(values)
+
+    def _classification(self, output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        logits, labels = _classification(output, batch)
+        if self.classes not in (None, logits.shape[1]):
+            raise UserError(
+                f"the model tells {logits.shape[1]} classes apart, and there are {self.classes} "
+                "names of classes: which output is which class can't be told; a folder needs an "
+                "image of every class that the model was trained for"
+            )
+        return logits, labels
 
 
 def scores_under(
