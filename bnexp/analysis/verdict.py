@@ -126,6 +126,12 @@ def judge(
         for result in results
         if result.broken
     ]
+    tested = [name for name, n in zip(classes, class_samples, strict=True) if n]
+    if len(tested) == 1 < words.samples:
+        remarks.append(
+            f"All {count(words.samples)} samples are of class {tested[0]}: a model that names it "
+            "whatever it sees is right about each of them."
+        )
     sentences = [words.sentence(base, result, pair) for result, pair in pairs]
     remarks += [sentence for sentence in sentences if sentence != headline]
     if found == "chance":

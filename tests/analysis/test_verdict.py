@@ -60,6 +60,21 @@ def test_agreement_on_every_sample():
     )
 
 
+@pytest.mark.parametrize("right", [0, 60, 100])
+def test_samples_of_one_class_say_nothing_about_telling_classes_apart(right):
+    predictions = {
+        condition: replace(found, labels=0 * found.labels, predicted=found.predicted // 10)
+        for condition, found in pair(100, right, lost=right // 2).items()
+    }
+    remarks = compare(predictions, RUNNING, "0123456789", made=MADE).verdict.remarks
+    assert remarks[0] == (
+        "All 100 samples are of class 0: a model that names it whatever it sees is right about "
+        "each of them."
+    )
+    assert not any("of class" in r for r in compare(pair(100, right), RUNNING, "0123456789",
+                                                    made=MADE).verdict.remarks)  # fmt: skip
+
+
 def test_a_cost():
     assert headline(pair(10_000, 9170, lost=5, gained=215)) == (
         "Trained weights with running averages (decay 0.9) cost 2.10 points (95 % interval 1.83 to "
