@@ -129,6 +129,21 @@ def describe_change(before: Fingerprint, now: Fingerprint) -> str | None:
     return "; ".join(changes[:5]) + more
 
 
+def describe_renumbering(before: Fingerprint, now: Fingerprint) -> str | None:
+    """A class that is still there and has another number, so that a model from before would be
+    held to other classes' outputs; None where there is none, or where it can't be told."""
+    try:
+        was, became = _by_class(before), _by_class(now)
+        for number, name in enumerate(before["classes"]):
+            alike = (n for n in became if n not in was and became[n] == was[name] != {})
+            there = name if name in became else next(alike, None)
+            if there is not None and now["classes"].index(there) != number:
+                return f"class {there} is number {now['classes'].index(there)} now, not {number}"
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        pass
+    return None
+
+
 _WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 

@@ -38,18 +38,30 @@ def test_a_run_says_what_it_found_and_knows_its_data(bnexp, root):
     assert lost.code == 2 and "data.root=" in lost.stderr
     assert bnexp("eval", "f-1", "data.root=moved").code == 0
 
-    (bnexp.cwd / "moved" / "cat").rename(bnexp.cwd / "moved" / "zcat")
+    (bnexp.cwd / "moved" / "cat").rename(bnexp.cwd / "moved" / "bat")
     for arguments in (("eval", "f-1"), ("train", "--resume", "f-1", "training.steps=6")):
         refused = bnexp(*arguments, "data.root=moved")
-        assert refused.code == 2 and "class cat is called zcat now" in refused.stderr
+        assert refused.code == 2 and "class cat is called bat now" in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
     assert json.loads((bnexp.cwd / "runs/f-1/data.json").read_text()) == before
     assert bnexp("eval", "f-1", "data.root=moved", "--changed-data").code == 0
     resumed = bnexp(
         "train", "--resume", "f-1", "training.steps=6", "data.root=moved", "--changed-data"
     )
-    assert resumed.code == 0 and "class cat is called zcat now" in resumed.stderr
+    assert resumed.code == 0 and "class cat is called bat now" in resumed.stderr
     assert bnexp("eval", "f-1").code == 0, "the new data are those of the run now"
+
+
+def test_classes_with_other_numbers_are_refused_whatever_is_said(bnexp, root):
+    """The model's outputs would be taken for other classes': all right became all wrong."""
+    assert bnexp("train", "f.yaml").code == 0
+    (root / "cat").rename(root / "zcat")
+    for arguments in (("eval", "f-1"), ("train", "--resume", "f-1", "training.steps=6")):
+        refused = bnexp(*arguments, "--changed-data")
+        assert refused.code == 2 and "class zcat is number 1 now, not 0" in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+    (root / "zcat").rename(root / "cat")
+    assert bnexp("eval", "f-1").code == 0
 
 
 def test_one_picture_more_is_refused_and_trained_on_by_no_test(bnexp, root):

@@ -15,7 +15,7 @@ from PIL import Image
 from bnexp.data import DataSettings, identity, load_data
 from bnexp.data.catalogue import data_of
 from bnexp.data.files import Arrays
-from bnexp.data.identity import describe_change, split_by_number
+from bnexp.data.identity import describe_change, describe_renumbering, split_by_number
 
 CLASSES = {"cat": 20, "dog": 10}
 
@@ -63,6 +63,18 @@ def test_a_renamed_class(root):
     before = prints(root)
     (root / "cat").rename(root / "zcat")
     assert changes(before, root) == "class cat is called zcat now"
+
+
+def test_classes_that_have_other_numbers(root):
+    before = prints(root)
+    write_images(root, {"eel": 4}, seed=3)
+    assert describe_renumbering(before, prints(root)) is None
+    write_images(root, {"ape": 4}, seed=4)
+    assert describe_renumbering(before, prints(root)) == "class cat is number 1 now, not 0"
+    shutil.rmtree(root / "ape")
+    (root / "cat").rename(root / "zcat")
+    assert describe_renumbering(before, prints(root)) == "class zcat is number 2 now, not 0"
+    assert describe_renumbering({"classes": 3}, before) is None, "a damaged record"
 
 
 def test_classes_that_come_and_go(root):
