@@ -165,8 +165,9 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, found: Match) -> None
     """Copy the tensors that were found into the model.
 
     BN buffers that the file lacks keep the values they have (the match names their layers). Raises
-    UserError, before anything is changed, if other tensors are missing or don't have the model's
-    shapes: a model half of whose weights are random can't be judged.
+    UserError, before anything is changed, if other tensors are missing, don't have the model's
+    shapes, or are whole numbers, sparse, or negative variances: a model half of whose weights are
+    random can't be judged.
     """
     where = f"weights {checkpoint.path}" + (f" under {found.key!r}" if found.key else "")
     if found.misshapen:
@@ -180,6 +181,24 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, found: Match) -> None
         raise UserError(f"{where} lack {_listed(found.missing)}{unexpected}")
     state = dict(mappings(checkpoint.content))[found.key]
     wanted = _tensors(model)
+    others = [
+        f"{name} {str(state[theirs].dtype).removeprefix('torch.')}"
+        for name, theirs in found.names.items()
+        if state[theirs].layout != torch.strided
+        or (wanted[name].is_floating_point() and not state[theirs].is_floating_point())
+    ]
+    if others:
+        raise UserError(
+            f"{where} are not what the model computes with: {_listed(others)}; save them as plain "
+            "floating-point tensors"
+        )
+    negative = [
+        name
+        for name, theirs in found.names.items()
+        if name.rpartition(".")[2] == BUFFERS[1] and (state[theirs] < 0).any()
+    ]
+    if negative:
+        raise UserError(f"{where} have negative variances: {_listed(negative)}")
     for name, theirs in found.names.items():
         wanted[name].copy_(state[theirs])
 

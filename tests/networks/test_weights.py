@@ -226,6 +226,24 @@ def test_missing_unexpected_and_misshapen_names_are_listed(net, tmp_path):
         load_weights(checkpoint, model, found)
 
 
+@pytest.mark.parametrize(
+    "name,change,said",
+    [
+        ("conv.weight", lambda t: (100 * t).to(torch.int8), "conv.weight int8; save them as plain"),
+        ("conv.weight", lambda t: t.to_sparse(), "conv.weight float32; save them as plain"),
+        ("bn.running_var", lambda t: t - 100, "have negative variances: bn.running_var"),
+    ],
+)
+def test_tensors_that_are_not_what_the_model_computes_with(net, tmp_path, name, change, said):
+    state = net.state_dict()
+    torch.save({**state, name: change(state[name])}, tmp_path / "w.pt")
+    checkpoint, model = read_checkpoint(tmp_path / "w.pt"), Net()
+    before = model.conv.weight.clone()
+    with pytest.raises(UserError, match=said):
+        load_weights(checkpoint, model, match(checkpoint, model))
+    assert torch.equal(model.conv.weight, before)
+
+
 def test_buffers_that_the_file_lacks_are_named_and_can_be_written(net, tmp_path):
     path, out = tmp_path / "x.pt", tmp_path / "out.pt"
     bare = {n: v for n, v in nn.DataParallel(net).state_dict().items() if "running" not in n}
