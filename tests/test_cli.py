@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, needs_fashion_mnist, run_of
 
 from bnexp.config import load_config
-from bnexp.records import Run
+from bnexp.records import Run, all_runs
 
 QUICK = """
 data: {name: digits}
@@ -173,6 +173,16 @@ def test_piped_output_is_plain(bnexp, quick):
     done, _ = trained(bnexp, quick)
     assert "\x1b" not in done.stdout + done.stderr
     assert len(done.stderr.splitlines()) < 10
+
+
+def test_records_in_a_folder_whose_name_is_no_text(bnexp, quick):
+    folder = os.fsdecode(b"l\xe4ufe")
+    done = bnexp("train", quick, "--runs-dir", folder)
+    assert done.code == 0, done.stderr
+    (run,) = all_runs(bnexp.cwd / folder)
+    assert (run.path / "results.png").exists()
+    assert r"l\xe4ufe" in run.environment["command"]
+    assert bnexp("report", "--runs-dir", folder).code == 0
 
 
 def test_config_prints_the_resolved_yaml_and_the_schema(bnexp, quick):

@@ -12,6 +12,8 @@ import uuid
 from importlib import metadata
 from typing import Any
 
+from bnexp.printable import printable
+
 # How many threads compute, and how they wait for one another (`bnexp.performance`).
 _OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -64,7 +66,7 @@ def _now() -> str:
 
 
 def _command() -> str:
-    return shlex.join(["bnexp", *sys.argv[1:]])
+    return printable(shlex.join(["bnexp", *sys.argv[1:]]))
 
 
 def _version(package: str) -> str | None:

@@ -20,7 +20,7 @@ class Drawer:
     """Starts the process, which is gone when the block is left, however that is."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Drawer:
         with contextlib.suppress(OSError):  # no further process, or memory, to be had
@@ -28,7 +28,6 @@ class Drawer:
                 [sys.executable, "-P", "-c", _PROGRAM, *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                text=True,
                 # Ctrl-C is for the command, which ends this process.
                 process_group=0 if os.name == "posix" else None,
             )
@@ -47,7 +46,7 @@ class Drawer:
         process = self._process
         if process is not None and process.stdin is not None:
             with contextlib.suppress(OSError):
-                process.stdin.write(f"{os.path.abspath(run)}\n")
+                process.stdin.write(os.fsencode(os.path.abspath(run)) + b"\n")
                 process.stdin.close()
         yield
         if process is None or process.wait() != 0:
@@ -72,5 +71,5 @@ def main() -> None:
     with contextlib.suppress(Exception):  # if need be, drawing says it
         import bnexp.report.figures
         import bnexp.report.run_data  # noqa: F401
-    if path := sys.stdin.readline():
-        _draw(Path(path.removesuffix("\n")))
+    if path := sys.stdin.buffer.readline():
+        _draw(Path(os.fsdecode(path.removesuffix(b"\n"))))
