@@ -214,6 +214,11 @@ def error_line(done, code=2):
         (["train", "quick.yaml", "--device", "cuda:7"], ["cuda:7"]),
         (["train", "quick.yaml", "data={name: image-folder, root: absent}"], ["absent"]),
         (["train", "quick.yaml", "training.early_stopping={}"], ["data.val_fraction"]),
+        (
+            ["train", "quick.yaml", "test.statistics=[running]", "expect.worst_cost=0.1"],
+            ["expect.worst_cost needs recomputed in test.statistics"],
+        ),
+        (["train", "quick.yaml", "model.norm=none", "expect.cost=0.1"], ["model.norm none"]),
         (["eval", "nothing"], ["no run nothing"]),
         (["eval", "."], ["not a run folder"]),
         (["eval"], ["no finished run", "bnexp train"]),

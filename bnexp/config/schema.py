@@ -526,6 +526,13 @@ class Config(Section):
                 f"statistics.normalization_batch {part} leaves one image of training.batch_size "
                 f"{batch} over, which has no variance; choose a divisor"
             )
+        if self.model.norm == "none" and (self.expect.cost, self.expect.worst_cost) != (None, None):
+            raise ValueError(
+                "expect.cost and expect.worst_cost are of running averages, which model.norm none "
+                "has not"
+            )
+        if self.expect.worst_cost is not None and "recomputed" not in self.test.statistics:
+            raise ValueError("expect.worst_cost needs recomputed in test.statistics")
         return self
 
     def to_yaml(self) -> str:
