@@ -175,6 +175,21 @@ def test_piped_output_is_plain(bnexp, quick):
     assert len(done.stderr.splitlines()) < 10
 
 
+def test_what_ascii_lacks_is_shown_in_its_characters():
+    """A difference must not lose its sign."""
+    program = (
+        "import bnexp.cli; bnexp.cli._prepare_streams(); print('−0.40 (−1.45 … 0.37) – 0.1 σ é')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "-0.40 (-1.45 .. 0.37) - 0.1 sd ?\n"
+
+
 def test_records_in_a_folder_whose_name_is_no_text(bnexp, quick):
     folder = os.fsdecode(b"l\xe4ufe")
     done = bnexp("train", quick, "--runs-dir", folder)

@@ -20,7 +20,7 @@ import typer
 
 from bnexp.cli import commands
 from bnexp.cli.processes import is_silent
-from bnexp.cli.streams import flush_or_give_up
+from bnexp.cli.streams import PLAIN, flush_or_give_up
 from bnexp.errors import (
     ExpectationNotMet,
     Interrupted,
@@ -133,7 +133,7 @@ def _prepare_streams() -> None:
         if stream is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=PLAIN)
 
 
 def _fail_if_explained(error: BaseException) -> None:

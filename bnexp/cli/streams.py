@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
 from typing import TextIO
+
+PLAIN = "bnexp.plain"
+"""The error handler of a stream that can't show all characters: a minus stays a minus."""
+
+_IN_ASCII = {"−": "-", "–": "-", "…": "..", "σ": "sd"}
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    return "".join(_IN_ASCII.get(character, "?") for character in characters), error.end
+
+
+codecs.register_error(PLAIN, _in_ascii)
 
 
 @contextlib.contextmanager
