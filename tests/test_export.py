@@ -63,6 +63,8 @@ def test_what_is_refused(bnexp, run):
     for arguments, said in (
         ((run.path, "there.pt"), "exists already"),
         ((run.path, "no/folder.pt"), "no folder"),
+        ((run.path, "x.safetensor"), "must end in .pt, .pth, .safetensors"),
+        ((run.path, "x"), "must end in"),
         ((run.path, "x.pt", "--statistics", "fast"), "this run has running, slow, recomputed"),
         ((run.path, "x.pt", "--weights", "swa"), "no swa weights"),
     ):
@@ -70,3 +72,13 @@ def test_what_is_refused(bnexp, run):
         assert done.code == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert (bnexp.cwd / "there.pt").read_text() == "precious"
     assert not (bnexp.cwd / "x.pt").exists()
+
+
+def test_a_checkpoint_that_is_passed_over_is_said(bnexp, run):
+    done = bnexp("train", "--resume", run.path, "training.steps=9")
+    assert done.code == 0, done.stderr
+    newest = max(run.checkpoints.glob("step-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    done = bnexp("export", run.path, "x.pt")
+    assert done.code == 0 and f"{newest} is damaged" in done.stderr, done.stderr
+    assert "after 6 steps" in done.stderr

@@ -45,6 +45,7 @@ def without_extras(tmp_path):
         ("train smoke logging.tensorboard=true", "pip install 'bnexp[tensorboard]'"),
         ("study study.yaml logging.tensorboard=true", "pip install 'bnexp[tensorboard]'"),
         ("study study.yaml --ray auto", "pip install 'bnexp[ray]'"),
+        ("export nothing network.safetensors", "pip install 'bnexp[safetensors]'"),
         (
             "audit torchvision/resnet18 --weights weights.safetensors --population b --test c",
             "need safetensors: pip install",

@@ -12,6 +12,7 @@ from bnexp.atomic import write_atomically
 from bnexp.cli.eval import WEIGHTS
 from bnexp.config import resolve
 from bnexp.errors import UserError
+from bnexp.importing import require_extra
 from bnexp.performance import prepare_process, quick_imports, wait_briefly
 from bnexp.records import find_run
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bnexp.training.trained import Trained
+
+
+SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 def run_export(
@@ -35,6 +39,10 @@ def run_export(
         raise UserError(f"{out} exists already; name another file")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out} can't be written: there is no folder {out.parent}")
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"{out}: the name of the file must end in {', '.join(SUFFIXES)}")
+    if out.suffix == ".safetensors":
+        require_extra("safetensors", str(out))
     found = find_run(run, runs)
     config = resolve(found.config, [], f"{found.path}/config.yaml")
     wait_briefly()
@@ -45,6 +53,8 @@ def run_export(
 
     weights = weights or found.state["weights"]
     trained = load_trained(found, config, resolve_device(device or config.device), weights)
+    for line in trained.warnings:
+        print(f"bnexp: {line}", file=sys.stderr)
     kind = statistics or ("recomputed" if weights in ("ema", "swa") else "running")
     tensors = _state_dict(trained, kind)
     write_atomically(out, _serialized(tensors, out))
@@ -88,10 +98,8 @@ def _state_dict(trained: Trained, kind: str) -> dict[str, Tensor]:
 
 def _serialized(tensors: dict[str, Tensor], out: Path) -> bytes:
     if out.suffix == ".safetensors":
-        try:
-            from safetensors.torch import save
-        except ModuleNotFoundError:
-            raise UserError(f"{out} needs safetensors: pip install 'bnexp[safetensors]'") from None
+        from safetensors.torch import save
+
         return save(tensors)
     import torch
 
