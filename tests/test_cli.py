@@ -255,6 +255,13 @@ def test_errors_are_one_clear_line_with_exit_code_2(bnexp, quick, arguments, sai
         assert part in line
 
 
+def test_a_dry_run_is_of_a_training_from_its_start(bnexp, quick):
+    """It would not know what is left to do, nor what a resume refuses."""
+    _, run = trained(bnexp, quick, "training.steps=5")
+    line = error_line(bnexp("train", "--resume", run.path, "--dry-run"))
+    assert "leave --resume out" in line
+
+
 def test_checkpoints_that_are_damaged_foreign_or_malicious(bnexp, quick):
     _, run = trained(bnexp, quick, "checkpoints.keep=1")
     (checkpoint,) = run.checkpoints.glob("step-*.pt")

@@ -64,6 +64,8 @@ def run_train(
             several = ranks.size > 1 or (processes or 1) > 1
             if several and dry_run:
                 raise UserError("--dry-run tries one process out: leave --processes out")
+            if run is not None and dry_run:
+                raise UserError("--dry-run is of a training from its start: leave --resume out")
         if processes is not None and processes > ranks.size:
             start_processes(processes)
         # Before others of its own are busy, and both before torch is imported.
