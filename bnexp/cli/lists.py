@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -37,12 +39,14 @@ def run_init(name: str | None, path: Path | None) -> None:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"{target} can't be written: {error.strerror}") from None
     print(target)
+    print(f"train as it says: bnexp train {shlex.quote(str(target))}", file=sys.stderr)
 
 
 def _first_sentence(text: str) -> str:
     """Of the comment a config begins with."""
     lines = itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())
-    return " ".join(line[2:] for line in lines).split(". ")[0].rstrip(".:")
+    text = " ".join(line[2:] for line in lines)
+    return re.split(r"(?<!et al)\. ", text)[0].rstrip(".:")
 
 
 def run_models(as_json: bool) -> None:

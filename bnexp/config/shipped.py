@@ -36,7 +36,13 @@ def find_study_file(given: str) -> Path:
 
 def _found(given: str, shipped: dict[str, Path], kind: str) -> Path:
     path = Path(given)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.exists():
+        return path
+    if path.suffix or len(path.parts) != 1:
+        if path.stem in shipped:
+            raise UserError(
+                f"no {kind} at {given}; the one that comes with bnexp is called {path.stem}"
+            )
         return path
     if given in shipped:
         return shipped[given]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from bnexp.cli.lists import run_init
 from bnexp.config import Config, load_config, resolve
+from bnexp.config.shipped import find_config
 from bnexp.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -340,3 +343,25 @@ def test_the_schema_describes_every_key():
 
 def test_the_resolved_yaml_is_plain(config_file):
     assert yaml.safe_load(load_config(config_file).to_yaml())["training"]["steps"] == 10
+
+
+def test_the_path_that_a_shipped_config_has_in_a_clone_leads_to_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("configs/digits.yaml", "digits.yaml"):
+        with pytest.raises(UserError, match=f"no config at {given}; .* is called digits"):
+            find_config(given)
+    assert find_config("configs/mine.yaml") == Path("configs/mine.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_the_commands_in_a_shipped_config_work_in_any_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in re.findall(r"bnexp train ([^\s=]+)", path.read_text()):
+        assert find_config(given).exists()
+
+
+def test_shipped_configs_are_listed_by_whole_sentences(capsys):
+    run_init(None, None)
+    listed = capsys.readouterr().out
+    assert "Fashion-MNIST (Xiao et al. 2017): 60,000 training" in listed
+    assert listed.count("(") == listed.count(")")
