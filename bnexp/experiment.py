@@ -209,7 +209,7 @@ def _run_to_the_end(
 
     def write() -> str | None:
         run.write_state("finished", state.step, total, result.weights, result.message)
-        return _unmet_expectation(run, training.config, result.comparison)
+        return _unmet_expectations(run, training.config, result.comparison)
 
     unmet = by_rank_0(processes.ranks, "the end of the training", write)
     if result.message:
@@ -250,13 +250,14 @@ def _write_end(
         run.write_state(state, step, total, "last", message, diverged)
 
 
-def _unmet_expectation(run: Run, config: Config, comparison: Comparison) -> str | None:
+def _unmet_expectations(run: Run, config: Config, comparison: Comparison) -> str | None:
     expect = config.expect
-    return (
-        unmet_accuracy(comparison, expect.test_accuracy)
-        or unmet_cost(comparison, expect.cost)
-        or unmet_worst_cost(comparison, run.test_accuracies(), expect.worst_cost)
+    unmet = (
+        unmet_accuracy(comparison, expect.test_accuracy),
+        unmet_cost(comparison, expect.cost),
+        unmet_worst_cost(comparison, run.test_accuracies(), expect.worst_cost),
     )
+    return "; ".join(filter(None, unmet)) or None
 
 
 def _explained(error: Exception, run: Run, training: Training) -> Exception:

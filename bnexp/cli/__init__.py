@@ -33,12 +33,12 @@ from bnexp.importing import IMPORTED
 from bnexp.ranks import refuse_launcher
 
 MESSAGE = 2000
+_UsageError = typer.BadParameter.__mro__[1]  # typer's, or click's in older ones
 _PACKAGE = Path(__file__).parent.parent
 _show_warning = warnings.showwarning
 
 app = typer.Typer(
     help="Train CNNs with batch normalization and measure what its moving averages are worth.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -103,12 +103,16 @@ def main() -> None:
         try:
             if sys.argv[1:2] != ["train"]:
                 refuse_launcher(" ".join(["bnexp", *sys.argv[1:2]]))
-            app(prog_name="bnexp")
+            code = app(sys.argv[1:] or ["--help"], prog_name="bnexp", standalone_mode=False)
+            sys.exit(code or 0)
         except SystemExit:
             sys.stdout.flush()
             raise
     except (UserError, RunFailed, ExpectationNotMet, Interrupted) as error:
         _fail(str(error), error.exit_code)
+    except _UsageError as error:
+        place = error.ctx.command_path if error.ctx else "bnexp"
+        _fail(f"{error.format_message().rstrip('.')}; see {place} --help", UserError.exit_code)
     except BaseException as error:
         # A KeyboardInterrupt may arrive as something else: typer makes an exit of it, and an
         # extension module that is being imported an error of its own.

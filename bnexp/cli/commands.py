@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bnexp.cli import completion
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 Markdown = Annotated[
     bool, typer.Option("--markdown", help="Print Markdown alone: tables as code hosts show them.")
@@ -27,7 +29,11 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps
 def train(
     config: Annotated[
         str | None,
-        typer.Argument(help="YAML file, or a shipped config's name; not needed with --resume."),
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML file, or a shipped config's name; not needed with --resume.",
+            autocompletion=completion.configs,
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -36,7 +42,12 @@ def train(
     device: Device = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Continue this run from its checkpoint.")
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Continue this run from its checkpoint.",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Train in N processes together.")
@@ -69,11 +80,16 @@ def train(
 
 def evaluate(
     run: Annotated[
-        str | None, typer.Argument(help="Run folder or name; the newest finished run if left out.")
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Run folder or name; the newest finished run if left out.",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[data.root=FOLDER]", help="Where the run's images have moved."),
+        typer.Argument(metavar="data.root=FOLDER", help="Where the run's images have moved."),
     ] = None,
     recompute_stats: Annotated[
         bool, typer.Option("--recompute-stats", help="Also evaluate recomputed statistics.")
@@ -169,7 +185,12 @@ def audit(
 
 def study(
     path: Annotated[
-        str, typer.Argument(metavar="FILE", help="A study file, or a shipped one's name.")
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A study file, or a shipped one's name.",
+            autocompletion=completion.studies,
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -214,7 +235,9 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]...", help="Run folders or names; the newest finished run if left out."
+            metavar="RUN",
+            help="Run folders or names; the newest finished run if left out.",
+            autocompletion=completion.runs,
         ),
     ] = None,
     output: Annotated[
@@ -250,7 +273,10 @@ def runs(
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two runs or more.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN", help="Two runs or more.", autocompletion=completion.runs),
+    ],
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
     as_markdown: Markdown = False,
@@ -263,7 +289,12 @@ def compare(
 
 def config(
     path: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="YAML file, or a shipped config's name.")
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML file, or a shipped config's name.",
+            autocompletion=completion.configs,
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Dotted overrides.")
@@ -279,10 +310,13 @@ def config(
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="Run folder or name.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="Run folder or name.", autocompletion=completion.runs),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file: .pt or .safetensors.")],
     weights: Annotated[
-        str | None, typer.Option(help="Which weights: last, best, ema, swa.")
+        str | None, typer.Option(help="Which weights: last, best, best-on-test, ema, swa.")
     ] = None,
     statistics: Annotated[
         str | None,
@@ -299,10 +333,15 @@ def export(
 
 def init(
     name: Annotated[
-        str | None, typer.Argument(help="A shipped config; without it, they are listed.")
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A shipped config; without it, they are listed.",
+            autocompletion=completion.shipped,
+        ),
     ] = None,
     path: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Where to; NAME.yaml if left out.")
+        Path | None, typer.Argument(metavar="FILE", help="Where to; NAME.yaml if left out.")
     ] = None,
 ) -> None:
     """Write a commented config to start from."""
