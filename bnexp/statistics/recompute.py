@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -207,21 +207,29 @@ def prepared_task(
 
 
 def _agree_on_weights(task: Task) -> None:
-    """Raise UserError unless all ranks' models have the same parameters."""
+    """Raise UserError unless all ranks' models have the same parameters, buffers and eps; what BN
+    layers keep in buffers takes no part."""
     if task.ranks.size == 1:
         return
-    sums = {
-        name: (str(p.dtype), tuple(p.shape), checksum([p]))
-        for name, p in task.model.named_parameters()
+    own = {id(b) for layer in task.layers.values() for b in layer.buffers(recurse=False)}
+    tensors: dict[str, Tensor] = {
+        f"parameter {name!r}": p for name, p in task.model.named_parameters()
     }
-    every = task.ranks.gather(sums, "the weights")
+    tensors |= {f"buffer {n!r}": b for n, b in task.model.named_buffers() if id(b) not in own}
+    mine: dict[str, Any] = {
+        what: (str(t.dtype), tuple(t.shape), checksum([t]))
+        for what, t in tensors.items()
+        if t.layout is torch.strided
+    }
+    mine |= {f"the eps of BN layer {name!r}": layer.eps for name, layer in task.layers.items()}
+    every = task.ranks.gather(mine, "the weights")
     for rank, other in enumerate(every):
-        for name in {**every[0], **other}:
-            if every[0].get(name) != other.get(name):
+        for what in {**every[0], **other}:
+            if every[0].get(what) != other.get(what):
                 raise task.ranks.common(
                     UserError(
-                        f"the ranks' models differ: parameter {name!r} of rank {rank} is not that "
-                        "of rank 0; load the same weights on all ranks"
+                        f"the ranks' models differ: {what} of rank {rank} is not that of rank 0; "
+                        "make the same model and load the same weights on all ranks"
                     )
                 )
 

@@ -357,6 +357,18 @@ def other_weights(rank, method):
     quietly(model, batches(2), method=method, ranks=TorchRanks())
 
 
+def other_buffers(rank, method):
+    model = network()
+    model[3].register_buffer("scale", torch.tensor(2.0 if rank == 1 else 1.0))
+    quietly(model, batches(2), method=method, ranks=TorchRanks())
+
+
+def other_eps(rank, method):
+    model = network()
+    model[4].eps = 0.1 if rank == 2 else 1e-5
+    quietly(model, batches(2), method=method, ranks=TorchRanks())
+
+
 def other_layers(rank, method):
     class Skipping(nn.Module):
         def __init__(self):
@@ -382,6 +394,8 @@ def other_layers(rank, method):
             "the arguments of recompute_statistics: rank 0 has {'calls': 'each', 'method': 'exact'",
         ),
         (other_weights, "the ranks' models differ: parameter '3.bias' of rank 2 is not that"),
+        (other_buffers, "the ranks' models differ: buffer '3.scale' of rank 1 is not that"),
+        (other_eps, "the ranks' models differ: the eps of BN layer '4' of rank 2 is not that"),
         (
             other_layers,
             "rank 1 goes on to BN layer 'inner.7' where rank 0 goes on to BN layer 'inner.4': "
