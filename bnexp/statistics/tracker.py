@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -115,7 +116,7 @@ class StatisticsTracker:
         several = self._ranks.size > 1
         self._merges = several and all(rule.bank().linear for rule in estimators.values())
         self._gathers = several and not self._merges
-        self._layers, self._converted = _tracked_layers(model)
+        self._layers, self._converted = _tracked_layers(model, self._ranks)
         # Of each layer on this rank: mini-batches, and the sub-batches in them.
         self._fed, self._parts = [0] * len(self._layers), [0] * len(self._layers)
         self._groups: list[_Group] = []
@@ -534,7 +535,9 @@ def _check_half_precision(batch: Tensor) -> None:
         )
 
 
-def _tracked_layers(model: nn.Module) -> tuple[dict[str, TrackedBatchNorm], list[_Conversion]]:
+def _tracked_layers(
+    model: nn.Module, ranks: Ranks
+) -> tuple[dict[str, TrackedBatchNorm], list[_Conversion]]:
     """The layers to follow, as bnexp's layers, and those converted for it with their own class."""
     refuse_replicas(model)
     layers = batchnorm_layers(model)
@@ -549,6 +552,7 @@ def _tracked_layers(model: nn.Module) -> tuple[dict[str, TrackedBatchNorm], list
                 f"layer {name!r} has a StatisticsTracker already: close() it, or give all "
                 "estimators to one tracker"
             )
+    _agree_on_layers(layers, ranks)
     classes = {name: type(layer) for name, layer in layers.items()}
     followed = followed_layers(model)
     for name in [name for name, layer in followed.items() if layer.running_mean is None]:
@@ -558,6 +562,24 @@ def _tracked_layers(model: nn.Module) -> tuple[dict[str, TrackedBatchNorm], list
         for name, layer in followed.items()
         if classes[name] is not type(layer)
     ]
+
+
+def _agree_on_layers(layers: Mapping[str, BatchNormBase], ranks: Ranks) -> None:
+    """Raise UserError unless all ranks have the same layers in the same order."""
+    mine = [
+        (name, layer.num_features, layer.running_mean is None) for name, layer in layers.items()
+    ]
+    every = ranks.gather(mine, "the BN layers of a StatisticsTracker")
+    for rank, theirs in enumerate(every):
+        for one, other in zip_longest(theirs, every[0]):
+            if one != other:
+                name, *_ = one or other
+                raise ranks.common(
+                    UserError(
+                        f"the ranks' models differ: BN layer {name!r} of rank {rank} is not that "
+                        "of rank 0; make the same model on all ranks"
+                    )
+                )
 
 
 def _on_host(dtype: torch.dtype) -> torch.dtype:

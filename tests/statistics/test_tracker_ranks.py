@@ -221,6 +221,26 @@ def other_rules(rank):
     bnexp.StatisticsTracker(ready(), LINEAR if rank else EVERY, ranks=TorchRanks())
 
 
+def other_widths(rank):
+    """As many channels in all."""
+    widths = (4, 6) if rank else (6, 4)
+    model = nn.Sequential(*(nn.BatchNorm2d(width) for width in widths))
+    bnexp.StatisticsTracker(model, LINEAR, ranks=TorchRanks())
+
+
+def one_layer_more(rank):
+    model = nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(1 + rank)))
+    bnexp.StatisticsTracker(model, LINEAR, ranks=TorchRanks())
+
+
+@pytest.mark.parametrize("function, layer", [(other_widths, "0"), (one_layer_more, "1")])
+def test_ranks_with_other_layers_are_refused(function, layer):
+    for outcome in run_ranks(function, 2, deadline=30):
+        assert type(outcome.error) is UserError, outcome.trace
+        text = f"the ranks' models differ: BN layer '{layer}' of rank 1 is not that of rank 0"
+        assert str(outcome.error).startswith(text)
+
+
 def test_faults():
     for outcome in run_ranks(failing, 2):
         assert type(outcome.error) is RunFailed
