@@ -185,3 +185,11 @@ def test_what_a_launcher_says(monkeypatch):
     check_count(3)
     with pytest.raises(UserError, match="has started 3 processes: leave --processes out"):
         check_count(2)
+
+
+@pytest.mark.parametrize("rank", ["", "x", "2"])
+def test_a_number_that_no_launcher_gives_is_said(bnexp, config, rank):
+    done = bnexp("train", config, RANK=rank, WORLD_SIZE="2")
+    assert done.code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"bnexp: RANK is {rank!r} where WORLD_SIZE is 2: ")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from bnexp.errors import Interrupted, RunFailed, UserError
+from bnexp.errors import Interrupted, RunFailed, UserError, shown
 from bnexp.performance import wait_briefly
 from bnexp.ranks import Alone, Ranks, started_by_launcher
 
@@ -27,7 +27,7 @@ _PRELOADED = ["bnexp.cli.train", "bnexp.experiment", "torch.distributed"]
 
 def is_silent() -> bool:
     """Whether what this process has to say is said by rank 0."""
-    return started_by_launcher() > 1 and os.environ["RANK"] != "0"
+    return (size := started_by_launcher()) > 1 and _own_rank(size) > 0
 
 
 def start_processes(count: int) -> NoReturn:
@@ -93,6 +93,11 @@ def joined_ranks() -> Iterator[Ranks]:
     if started_by_launcher() == 1:
         yield Alone()
         return
+    if _own_rank(size := started_by_launcher()) < 0:
+        raise UserError(
+            f"RANK is {shown(os.environ['RANK'])} where WORLD_SIZE is {size}: a launcher numbers "
+            f"its processes from 0 to {size - 1}"
+        )
     _end_with_parent()
     wait_briefly()
     import torch.distributed as distributed
@@ -138,6 +143,12 @@ def check_count(processes: int | None) -> None:
         raise UserError(
             f"a launcher has started {started_by_launcher()} processes: leave --processes out"
         )
+
+
+def _own_rank(size: int) -> int:
+    """What a launcher of `size` processes calls this one; -1 where that is no such number."""
+    rank = os.environ["RANK"]
+    return int(rank) if rank.isdecimal() and int(rank) < size else -1
 
 
 def _killed(number: int) -> str:
