@@ -205,8 +205,9 @@ def _axis(name: str, given: Any, source: str) -> Axis:
     if len(levels) > MAX_LEVELS:
         raise UserError(f"{said} has more than {MAX_LEVELS:,} levels")
     for i, level in enumerate(levels):
-        if any(same(level.value, other.value) for other in levels[:i]):
-            raise UserError(f"{said} has {text_of(level.value)} twice")
+        text = text_of(level.value)  # results and claims know experiments by it
+        if any(same(level.value, v.value) or text == text_of(v.value) for v in levels[:i]):
+            raise UserError(f"{said} has {text} twice")
         for key in level.changes:
             if within(key, _NOT_VARIED):
                 hint = "say seeds" if key == "seed" else "it changes no result"

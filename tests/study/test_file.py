@@ -106,6 +106,8 @@ def test_a_base_is_a_file_beside_the_study_or_a_shipped_config(tmp_path):
         (SMALL + "vary: {training.batch_size: []}", "no levels"),
         (SMALL + "vary: {training.batch_size: [8, 8]}", "has 8 twice"),
         (SMALL + "vary: {training.batch_size: [8, 8.0]}", "twice"),
+        (SMALL + "vary: {training.batch_size: [8, '8']}", "has 8 twice"),
+        (SMALL + "vary: {training.optimizer.lr: [0.1, 0.1000000000000001]}", "has 0.1 twice"),
         (SMALL + "vary: {training.batch_sise: [8, 9]}", "training.batch_sise"),
         (SMALL + "vary: {training: [{steps: 3}]}", "a whole section"),
         (SMALL + "vary: {sizes: [8, 9]}", "named levels"),
