@@ -22,6 +22,7 @@ from bnexp.errors import ExpectationNotMet, RunFailed, UserError
 from bnexp.importing import require_extra
 from bnexp.performance import wait_briefly
 from bnexp.printable import printable
+from bnexp.records.study import StudyRecord, is_study
 from bnexp.study.file import read_study
 from bnexp.study.jobs import Job, Watcher
 from bnexp.study.run import Outcome, Plan, Progress, plan_study, run_study, step_of
@@ -50,7 +51,9 @@ def run_study_command(
     refuse_both(as_json, as_markdown)
     if ray is not None:
         require_extra("ray", "--ray")
-    study = read_study(_file(path), overrides)
+    file = _file(path)
+    study = read_study(file, overrides)
+    is_of_record = file.name == "study.yaml" and is_study(file.parent)
     plan = plan_study(study)
     resources = study.config.resources
     if ray is not None and jobs is not None:
@@ -70,7 +73,15 @@ def run_study_command(
         run_local(todo, workers, resources, watcher)
 
     with display:
-        outcome = run_study(plan, engine, workers, display, runs=runs, retry=retry)
+        outcome = run_study(
+            plan,
+            engine,
+            workers,
+            display,
+            runs=runs,
+            retry=retry,
+            read_from=StudyRecord(file.parent) if is_of_record else None,
+        )
     with printing_what_can_be():
         if as_json:
             print(json.dumps(_tree(outcome), indent=2, allow_nan=False))

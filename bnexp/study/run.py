@@ -154,22 +154,26 @@ def run_study(
     *,
     runs: Path,
     retry: bool = False,
+    read_from: StudyRecord | None = None,
 ) -> Outcome:
-    """Run what is left of a study, in its record below `runs`: the newest one of the same grid, or
-    a new one. `retry`: also what failed before, unless it diverged.
+    """Run what is left of a study, in its record: `read_from`, whose study.yaml it is, or the
+    newest one below `runs`, of the same grid, or a new one. `retry`: also what failed before,
+    unless it diverged.
 
     Raises Interrupted where a signal asked it to end; what ran has its checkpoint then.
     """
-    record = find_record(plan, runs)
+    record = find_record(plan, runs, read_from)
     with record.locked():
         former = record.state["failed"] if not retry else {}
         return _Study(plan, record, workers, display, former).run(engine)
 
 
-def find_record(plan: Plan, runs: Path) -> StudyRecord:
+def find_record(plan: Plan, runs: Path, read_from: StudyRecord | None = None) -> StudyRecord:
     """The record to go on in. A new one takes over what finished in others of that name."""
     name, text = plan.study.config.name, plan.study.to_yaml()
     others = [r for r in all_studies(runs) if r.name.rpartition("-")[0] == name]
+    if read_from is not None:
+        others.insert(0, read_from)
     for record in others:
         try:
             same = record.state["grid"] == plan.grid

@@ -120,6 +120,18 @@ def test_its_record_is_a_study_file(tmp_path):
     assert load_plan(record).grid == plan_of(SMALL + DECAYS).grid
 
 
+def test_a_records_own_study_file_goes_on_in_it_wherever_it_lies(tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    assert run(tmp_path, "small.yaml", "--runs-dir", "elsewhere") == 0
+    (tmp_path / "elsewhere" / "small-1").rename(tmp_path / "kept")
+    assert run(tmp_path, "kept/study.yaml") == 0
+    assert "3 of 3 trainings are done already" in (tmp_path / "stderr").read_text()
+    assert not (tmp_path / "runs").exists()
+    assert run(tmp_path, "kept/study.yaml", "seeds=4") == 0
+    assert "3 of 4 trainings are done already" in (tmp_path / "stderr").read_text()
+    assert find_study("small-1", tmp_path / "runs") is not None
+
+
 def _record(folder: Path) -> StudyRecord | None:
     return find_study("long-1", folder / "runs")
 
