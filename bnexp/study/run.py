@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -17,6 +18,7 @@ from bnexp.analysis.judged import Judged
 from bnexp.config.yaml_text import parse_yaml
 from bnexp.errors import Interrupted, UserError
 from bnexp.importing import require_extra
+from bnexp.records import Run
 from bnexp.records.making import place, staged
 from bnexp.records.study import StudyRecord, all_studies, create_study
 from bnexp.study.claims import Claim, claims_of
@@ -197,7 +199,7 @@ def find_record(plan: Plan, runs: Path, read_from: StudyRecord | None = None) ->
     for training in plan.trainings:
         for other in others:
             run = other.run(training.key)
-            if run is not None and run.state["state"] == "finished":
+            if run is not None and _has_finished(run):
                 with staged(record.experiments) as staging:
                     shutil.copytree(run.path, staging, copy_function=_link, dirs_exist_ok=True)
                     place(staging, [record.experiments / training.key])
@@ -359,12 +361,18 @@ class _Study:
         progress.record.write_json("state.json", content)
 
 
-def _has_ended(run: Any) -> bool:
+def _has_ended(run: Run) -> bool:
     try:
         state = run.state
     except UserError:  # a damaged state.json is written anew when it goes on
         return False
     return state["state"] == "finished" or state["diverged"]
+
+
+def _has_finished(run: Run) -> bool:
+    with contextlib.suppress(UserError):
+        return run.state["state"] == "finished"
+    return False
 
 
 def step_of(job: Job) -> int:

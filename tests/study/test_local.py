@@ -80,6 +80,13 @@ def test_the_same_again_runs_nothing_and_more_seeds_run_those_alone(tmp_path):
     assert more.states == {"finished": 2}
 
 
+def test_a_damaged_experiment_of_another_record_is_run_again(tmp_path):
+    first = done(SMALL + "seeds: 1", tmp_path)
+    (folder,) = first.record.experiments.iterdir()
+    (folder / "state.json").write_text("{")
+    assert done(SMALL + "seeds: 2", tmp_path).states == {"finished": 2}
+
+
 def test_one_that_diverges_is_a_result_and_stops_no_other(tmp_path):
     text = SMALL + "vary: {training.optimizer.lr: [0.1, 1.0e+30]}\nseeds: 1\nclaims: "
     text += "[{says: x, compare: [{training.optimizer.lr: 0.1}, {training.optimizer.lr: 1.0e+30}],"
