@@ -157,6 +157,15 @@ def test_an_expectation_that_is_not_met_exits_with_3(bnexp, quick):
     assert done.stderr.splitlines()[-1].startswith("bnexp: expect.test_accuracy: 99.00%")
 
 
+def test_all_expectations_that_are_not_met_are_said(bnexp, quick):
+    never_counted = ("statistics.decay=0.999", "expect.cost=0.01", "expect.worst_cost=0.01")
+    done = bnexp("train", quick, *never_counted, "expect.test_accuracy=0.99")
+    assert done.code == 3
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("bnexp: expect.test_accuracy: ")
+    assert "; expect.cost: running was to cost" in line and "; expect.worst_cost: " in line
+
+
 def test_a_network_without_bn_is_trained_and_compared_with_nothing(bnexp, quick):
     _done, run = trained(bnexp, quick, "model.norm=none", "training.optimizer.lr=0.01")
     assert {r["statistics"] for r in run.evals()} == {"none"}
@@ -246,6 +255,12 @@ def error_line(done, code=2):
             ["test.statistics has batch", "one test image"],
         ),
         (["train", "--resume", "nothing"], ["no run nothing"]),
+        (["train", "quick.yaml", "--nmae", "x"], ["--nmae", "--name", "bnexp train --help"]),
+        (["train", "quick.yaml", "--processes", "two"], ["--processes", "integer"]),
+        (["train", "quick.yaml", "--processes", "0"], ["--processes"]),
+        (["export"], ["RUN", "bnexp export --help"]),
+        (["eval", "--device"], ["--device"]),
+        (["trian"], ["trian", "bnexp --help"]),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
@@ -336,6 +351,42 @@ def test_help_and_import_need_no_torch():
         "assert not heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("bnexp train d", ["digits", "drafts/"]),
+        ("bnexp train drafts/", ["drafts/my.yml"]),
+        ("bnexp train --resume s", ["some-1"]),
+        ("bnexp study 0", ["00-ema-accuracy", "01-bn-trains-faster"]),
+        ("bnexp init sm", ["smoke"]),
+        ("bnexp eval so", ["some-1"]),
+        ("bnexp report some-1 el", ["elsewhere/"]),
+    ],
+)
+def test_shells_are_told_how_words_go_on(tmp_path, line, words):
+    config = load_config(ROOT / "configs/digits.yaml").to_yaml()
+    for folder in ("drafts", "elsewhere", "runs/some-1", ".hidden"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "drafts/my.yml").touch()
+    (tmp_path / "drafts/notes.txt").touch()
+    (tmp_path / "runs/some-1/config.yaml").write_text(config)
+    (tmp_path / "runs/some-1/steps.csv").touch()
+    asked = {
+        "_BNEXP_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "import bnexp.cli; bnexp.cli.main()"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **asked},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[: len(words)] == words
 
 
 @pytest.mark.parametrize(

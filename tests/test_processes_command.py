@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,32 @@ def test_without_their_agent_the_processes_end_by_themselves(bnexp, config):
     command.wait()
     wait_for(lambda: not processes_of(bnexp.cwd))
     assert run.state["state"] == "interrupted"
+
+
+def test_more_processes_than_a_mini_batch_has_images_are_not_started(bnexp, config):
+    inject = "import bnexp.cli.train; bnexp.cli.train.start_processes = None"
+    done = bnexp("train", config, "--processes", 100_000, inject=inject)
+    assert done.code == 2
+    (line,) = done.stderr.splitlines()
+    assert "can't be shared by 100000 processes" in line
+
+
+def test_a_process_that_waits_for_the_others_heeds_signals(bnexp, config):
+    inject = (
+        "import torch.distributed\n"
+        "original = torch.distributed.init_process_group\n"
+        "def connect(*arguments, **options):\n"
+        "    open('waiting', 'w').close()\n"
+        "    original(*arguments, **options)\n"
+        "torch.distributed.init_process_group = connect\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = bnexp.start("train", config, inject=inject, RANK="0", LOCAL_RANK="0", **launched)
+    wait_for((bnexp.cwd / "waiting").exists)
+    command.signal(signal.SIGTERM)
+    assert command.wait().code == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(

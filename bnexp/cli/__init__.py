@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # First, as it looks at the machine, and would wait were it asked at once what it has seen.
 import bnexp.performance  # noqa: F401  # isort: skip
@@ -33,7 +33,7 @@ from bnexp.importing import IMPORTED
 from bnexp.ranks import refuse_launcher
 
 MESSAGE = 2000
-_UsageError = typer.BadParameter.__mro__[1]  # typer's, or click's in older ones
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer's, or click's in older ones
 _PACKAGE = Path(__file__).parent.parent
 _show_warning = warnings.showwarning
 

@@ -105,7 +105,8 @@ def joined_ranks() -> Iterator[Ranks]:
     from bnexp.ranks import TorchRanks
 
     try:
-        distributed.init_process_group("gloo", timeout=TIMEOUT)
+        with _ended_by_signals():
+            distributed.init_process_group("gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RunFailed(f"the processes can't reach one another: {reason:.300}") from None
@@ -124,6 +125,20 @@ def joined_ranks() -> Iterator[Ranks]:
             ranks.let_rank_0_end()
         raise
     distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """While torch waits for other processes, which no handler of Python's can end."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = {n: h for n in numbers if (h := signal.getsignal(n)) is not signal.SIG_IGN}
+    try:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
+        yield
+    finally:
+        for number, handler in heeded.items():
+            signal.signal(number, handler)
 
 
 def _heeded(config: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from bnexp.cli.terminal import output
 from bnexp.errors import UserError
 from bnexp.printable import printable
 from bnexp.records import Run, all_runs
+from bnexp.records.experiment import described_data
 from bnexp.records.study import StudyRecord, all_studies
-from bnexp.report.run_data import described_data
 
 
 def run_runs(folder: Path, as_json: bool) -> None:

@@ -67,6 +67,7 @@ def run_train(
             if run is not None and dry_run:
                 raise UserError("--dry-run is of a training from its start: leave --resume out")
         if processes is not None and processes > ranks.size:
+            settings.require_parts_for(processes)
             start_processes(processes)
         # Before others of its own are busy, and both before torch is imported.
         wait_briefly()

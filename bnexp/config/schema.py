@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from bnexp.errors import shown
+from bnexp.errors import UserError, shown
 from bnexp.memory_size import parse_memory
 from bnexp.statistics.methods import Method
 from bnexp.statistics.rules import Estimator
@@ -534,6 +534,17 @@ class Config(Section):
         if self.expect.worst_cost is not None and "recomputed" not in self.test.statistics:
             raise ValueError("expect.worst_cost needs recomputed in test.statistics")
         return self
+
+    def require_parts_for(self, processes: int) -> None:
+        """UserError where a mini-batch has fewer parts than there are processes to share it."""
+        batch, part = self.training.batch_size, self.statistics.normalization_batch or 1
+        if processes > (parts := -(-batch // part)):
+            what = "images" if part == 1 else f"normalization batches of {part} (statistics."
+            what += "" if part == 1 else "normalization_batch)"
+            raise UserError(
+                f"a mini-batch of {batch} (training.batch_size) has {parts} {what}: they can't be "
+                f"shared by {processes} processes; start {parts} or fewer"
+            )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -314,3 +314,11 @@ def newest_finished_run(runs: Path = RUNS) -> Run:
             if run.state["state"] == "finished":
                 return run
     raise UserError(f"no finished run below {runs}/; train one: bnexp train digits")
+
+
+def described_data(config: Mapping[str, Any]) -> str:
+    """The data set of a config's section `data`, with what was done to its images. LookupError or
+    TypeError where the section is damaged."""
+    worse = config.get("corruption")
+    name = ("binary " if config.get("binary") else "") + str(config["name"])
+    return f"{name} with {worse['name']} {worse['severity']} in testing" if worse else name

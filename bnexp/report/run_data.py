@@ -13,6 +13,7 @@ from bnexp.condition import Condition, Weights, label, made_by
 from bnexp.errors import UserError
 from bnexp.printable import all_printable
 from bnexp.reading import naming
+from bnexp.records.experiment import described_data
 from bnexp.records.files import read_json
 
 if TYPE_CHECKING:
@@ -140,14 +141,6 @@ def _setup(config: Mapping[str, Any]) -> Setup:
         ema_decay=decay,
         label_smoothing=float(training.get("label_smoothing", 0.0)),
     )
-
-
-def described_data(config: Mapping[str, Any]) -> str:
-    """The data set of a config's section `data`, with what was done to its images. LookupError or
-    TypeError where the section is damaged."""
-    worse = config.get("corruption")
-    name = ("binary " if config.get("binary") else "") + str(config["name"])
-    return f"{name} with {worse['name']} {worse['severity']} in testing" if worse else name
 
 
 def _evaluation(row: Mapping[str, Any]) -> Evaluation:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 5
 TICK_SECONDS = 0.25
+CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
 ROOM_SECONDS = 300.0
 """How long a study waits for a node that could take its tasks, when there is none."""
@@ -88,16 +90,13 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _require_listener(address)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--ray {address}: no Ray cluster can be reached ({reason}); start one with: ray start "
-            "--head"
-        ) from None
+        raise _unreachable(address, error) from None
     finally:
         for number, handler in handlers.items():  # Ray sets its own
             signal.signal(number, handler)
@@ -105,6 +104,25 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """UserError where nobody listens at `HOST:PORT`: Ray would try for minutes, deaf to signals."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise _unreachable(address, error) from None
+
+
+def _unreachable(address: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    return UserError(
+        f"--ray {address}: no Ray cluster can be reached ({reason}); start one with: ray start "
+        "--head"
+    )
 
 
 def _has_room(ray: Any, resources: ResourcesConfig) -> bool:

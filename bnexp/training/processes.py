@@ -58,15 +58,8 @@ def share_of_rank(config: Config, ranks: Ranks) -> Share:
 
     UserError where there are more ranks than parts.
     """
-    batch = config.training.batch_size
+    config.require_parts_for(ranks.size)
     part = config.statistics.normalization_batch or 1
-    if ranks.size > (parts := -(-batch // part)):
-        what = "images" if part == 1 else f"normalization batches of {part} (statistics."
-        what += "" if part == 1 else "normalization_batch)"
-        raise UserError(
-            f"a mini-batch of {batch} (training.batch_size) has {parts} {what}: they can't be "
-            f"shared by {ranks.size} processes; start {parts} or fewer"
-        )
     return Share(ranks.rank, ranks.size, part) if ranks.size > 1 else EVERYTHING
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from bnexp.cli.export import run_export  # noqa: E402
 from bnexp.config.study import ResourcesConfig  # noqa: E402
 from bnexp.data import shipping  # noqa: E402
 from bnexp.errors import Interrupted, UserError  # noqa: E402
-from bnexp.study.on_ray import run_on_ray  # noqa: E402
+from bnexp.study.on_ray import _require_listener, run_on_ray  # noqa: E402
 from bnexp.study.run import find_record, run_study  # noqa: E402
 from tests.study.studies import DECAYS, ROOT, SMALL, plan_of, rows_of  # noqa: E402
 from tests.study.test_local import LONG, Silent, local  # noqa: E402
@@ -170,3 +171,12 @@ def test_weights_are_sent_to_a_node_that_lacks_them(cluster, tmp_path, monkeypat
 def test_resources_that_no_node_has_are_refused_at_once(cluster):
     with pytest.raises(UserError, match="no node of the Ray cluster has 64 CPUs"):
         run_on_ray([], "auto", ResourcesConfig(cpus=64), None)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nobody_listens_is_refused_at_once(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(UserError, match="no Ray cluster can be reached") as error:
+        _require_listener(f"{scheme}127.0.0.1:{port}")
+    assert "\n" not in str(error.value)
