@@ -30,6 +30,7 @@ from bnexp.analysis.layers import LayerCost, LayerRow
 from bnexp.analysis.results import Paired
 from bnexp.analysis.sample_curve import CurvePoint
 from bnexp.analysis.scores import close_scores, compare_scores, gain
+from bnexp.analysis.words import capital
 from bnexp.condition import Condition
 from bnexp.errors import UserError
 from bnexp.evaluation.attribution import Attribution, attribute
@@ -47,7 +48,7 @@ from bnexp.evaluation.scoring import (
     scores_under,
 )
 from bnexp.evaluation.subsets import Batches
-from bnexp.nn.find import batchnorm_layers, layer_eps, original_module
+from bnexp.nn.find import batchnorm_layers, layer_eps, original_module, without_layers
 from bnexp.ranks import Ranks, choose_ranks
 from bnexp.statistics import (
     METHODS,
@@ -318,7 +319,7 @@ class _Judge:
         nothing = Statistics()
         scores = scores_under(self.model, self.test, {NONE: nothing.applied_to}, self.task)
         comparison = self._compare(scores, NONE, {}, {})
-        return Audit(comparison, (), {}, "The model has no BN layer.")
+        return Audit(comparison, (), {}, f"{capital(without_layers(self.model))}.")
 
     def judged(
         self,

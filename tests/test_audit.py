@@ -2,11 +2,13 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 from audited import BATCH, POPULATION, TEST, Net, batches, healthy, samples, train
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from bnexp.auditing import audit
 from bnexp.errors import UserError
@@ -561,8 +563,17 @@ def test_a_model_without_batchnorm():
     model = nn.Sequential(nn.Flatten(), nn.Linear(100, 4))
     result = audit(model, POPULATION, TEST)
     assert result.comparison.verdict.outcome == "alone"
+    assert result.summary == "The model has no BN layer."
     with pytest.raises(UserError, match="nothing was recomputed"):
         result.mend(model)
+
+
+def test_what_normalizes_in_place_of_bn_layers_is_named():
+    model = nn.Sequential(FrozenBatchNorm2d(1), nn.Flatten(), nn.Linear(100, 4))
+    said = "model has no BN layer of torch.nn; '0' (FrozenBatchNorm2d) keep statistics of their own"
+    assert said in audit(model, POPULATION, TEST).summary
+    with pytest.raises(UserError, match=re.escape(said)):
+        recompute_statistics(model, [x for x, _ in POPULATION])
 
 
 def test_statistics_of_layers_with_nan_do_not_stop_it():

@@ -48,6 +48,23 @@ def batchnorm_layers(model: nn.Module) -> dict[str, BatchNormBase]:
     return layers
 
 
+def without_layers(model: nn.Module) -> str:
+    """That a model without BN layers has none, and what normalizes with statistics in their place,
+    such as torchvision's `FrozenBatchNorm2d`."""
+    others = [
+        f"{name!r} ({type(module).__name__})"
+        for name, module in original_module(model).named_modules()
+        if getattr(module, "running_var", None) is not None
+    ]
+    if not others:
+        return "the model has no BN layer"
+    more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+    return (
+        f"the model has no BN layer of torch.nn; {', '.join(others[:3])}{more} keep statistics of "
+        "their own, which are left as they are"
+    )
+
+
 def layer_eps(model: nn.Module) -> dict[str, float]:
     """Qualified name -> `eps` of the BN layers of `model`."""
     return {name: layer.eps for name, layer in all_batchnorms(model).items()}

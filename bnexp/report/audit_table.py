@@ -74,8 +74,8 @@ def _conditions(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         if pair := result.versus_baseline:
             low, high = pair.difference_interval
             row += [
-                f"{scale * pair.difference:+{spec}}",
-                f"{scale * low:+{spec}} … {scale * high:+{spec}}",
+                _signed(scale * pair.difference, spec),
+                f"{_signed(scale * low, spec)} … {_signed(scale * high, spec)}",
                 f"{pair.changed:,}",
                 p_value(pair.p_holm).removeprefix("p = ").removeprefix("p "),
             ]
@@ -106,7 +106,7 @@ def _attribution(comparison: Comparison, attribution: Attribution, form: Form) -
     exchanged = {
         row.name: row for rows in list(comparison.layers.values())[:1] for row in rows if row.mended
     }
-    scale, spec = (100, "+.2f") if comparison.score == "accuracy" else (1, "+.3g")
+    scale, spec = (100, ".2f") if comparison.score == "accuracy" else (1, ".3g")
     rows = []
     for layer in attribution.worst(len(exchanged) or 5):
         row = exchanged.get(layer.name)
@@ -114,12 +114,12 @@ def _attribution(comparison: Comparison, attribution: Attribution, form: Form) -
         rows.append(
             [
                 layer.name,
-                f"{layer.loss:+.4g}",
-                f"{worst} ({float(layer.channels[worst]):+.3g})",
+                _signed(layer.loss),
+                f"{worst} ({_signed(float(layer.channels[worst]), '.3g')})",
                 "" if row is None or row.mended is None
-                else f"{scale * row.mended.difference:{spec}}",
+                else _signed(scale * row.mended.difference, spec),
                 "" if row is None or row.spoiled is None
-                else f"{scale * row.spoiled.difference:{spec}}",
+                else _signed(scale * row.spoiled.difference, spec),
             ]
         )  # fmt: skip
     columns = ["layer", "loss", "worst channel", "mended alone", "spoiled alone"]
@@ -155,8 +155,9 @@ def _curve(
                 []
                 if point.part == "all"
                 else [
-                    f"{scale * point.gain.difference:+{spec}}",
-                    f"{scale * point.gain.low:+{spec}} … {scale * point.gain.high:+{spec}}",
+                    _signed(scale * point.gain.difference, spec),
+                    f"{_signed(scale * point.gain.low, spec)} … "
+                    f"{_signed(scale * point.gain.high, spec)}",
                     f"{point.changed:,}",
                 ]
             ),
@@ -168,8 +169,8 @@ def _curve(
     return head, [[*row, *[""] * (len(head) - len(row))] for row in rows]
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.4g}".replace("-", "−")
+def _signed(value: float, spec: str = ".4g") -> str:
+    return format(value, f"+{spec}").replace("-", "−")
 
 
 def _wrapped(text: str, indent: str = "") -> str:

@@ -141,7 +141,8 @@ def _state(state: Mapping[str, Any]) -> str:
     return (
         f"{printable(state['state'])}: {words.count(state['done'])} of "
         f"{words.count(state['trainings'])} trainings{failed}, which answer "
-        f"{words.count(state['experiments'])} experiments{created if state['created'] else ''}"
+        f"{words.count(state['experiments'])} experiment{'s' * (state['experiments'] != 1)}"
+        f"{created if state['created'] else ''}"
     )
 
 

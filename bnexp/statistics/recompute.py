@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.nn.find import batchnorm_layers, refuse_meetings, refuse_replicas
+from bnexp.nn.find import (
+    batchnorm_layers,
+    refuse_meetings,
+    refuse_replicas,
+    without_layers,
+)
 from bnexp.nn.inference import eagerly, inference
 from bnexp.nn.intercept import normalized_by
 from bnexp.ranks import Alone, Ranks, checksum, choose_ranks
@@ -184,7 +189,7 @@ def prepared_task(
     refuse_meetings(model)
     layers = batchnorm_layers(model)
     if not layers:
-        raise UserError("the model has no BN layer, so there are no statistics to recompute")
+        raise UserError(f"{without_layers(model)}: there are no statistics to recompute")
     if stop_after is not None and stop_after not in layers:
         near = difflib.get_close_matches(stop_after, layers, n=3)
         raise UserError(

@@ -69,7 +69,7 @@ class Plan:
         seeds = len(self.study.config.all_seeds)
         combinations = len(self.points) // seeds
         what = (
-            f"{len(self.points)} experiments ({combinations} "
+            f"{len(self.points):,} experiment{'s' * (len(self.points) != 1)} ({combinations:,} "
             f"combination{'s' * (combinations != 1)}, {seeds} seed{'s' * (seeds != 1)})"
         )
         if len(self.trainings) == len(self.points):
