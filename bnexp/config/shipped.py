@@ -36,7 +36,7 @@ def find_study_file(given: str) -> Path:
 
 def _found(given: str, shipped: dict[str, Path], kind: str) -> Path:
     path = Path(given)
-    if path.exists():
+    if path.exists() and not (path.is_dir() and given in shipped):
         return path
     if path.suffix or len(path.parts) != 1:
         if path.stem in shipped:
@@ -45,6 +45,12 @@ def _found(given: str, shipped: dict[str, Path], kind: str) -> Path:
             )
         return path
     if given in shipped:
+        own = Path(f"{given}.yaml")
+        if own.is_file() and own.read_bytes() != shipped[given].read_bytes():
+            raise UserError(
+                f"{own} here is not the {kind} {given} that comes with bnexp: name the file, as in "
+                f"{own}, or go to another folder"
+            )
         return shipped[given]
     near = difflib.get_close_matches(given, shipped, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(shipped)}"

@@ -345,6 +345,20 @@ def test_the_resolved_yaml_is_plain(config_file):
     assert yaml.safe_load(load_config(config_file).to_yaml())["training"]["steps"] == 10
 
 
+def test_a_file_of_a_shipped_configs_name_that_is_another_must_be_named(tmp_path, monkeypatch):
+    """Who has edited what `bnexp init digits` wrote means that one, or may."""
+    monkeypatch.chdir(tmp_path)
+    shipped = find_config("digits")
+    (tmp_path / "digits").mkdir()
+    own = tmp_path / "digits.yaml"
+    own.write_bytes(shipped.read_bytes())
+    assert find_config("digits") == shipped
+    own.write_text("data: {name: digits}\nmodel: {name: mlp}\n")
+    with pytest.raises(UserError, match=r"digits\.yaml here is not the config digits that comes"):
+        find_config("digits")
+    assert find_config("digits.yaml") == Path("digits.yaml")
+
+
 def test_the_path_that_a_shipped_config_has_in_a_clone_leads_to_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given in ("configs/digits.yaml", "digits.yaml"):
