@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from bnexp.config.schema import FolderName, PositiveInt, Section
 from bnexp.errors import shown
@@ -85,11 +85,18 @@ class StudyConfig(Section):
     claims: list[ClaimConfig] = Field(default=[])
     expect: StudyExpectConfig = StudyExpectConfig()
 
-    @field_validator("seeds")
+    @field_validator("seeds", mode="wrap")
     @classmethod
-    def _each_once(cls, seeds: int | list[int]) -> int | list[int]:
+    def _each_once(cls, given: Any, admitted: ValidatorFunctionWrapHandler) -> int | list[int]:
+        try:
+            seeds = admitted(given)
+        except ValidationError:
+            raise ValueError(
+                f"{shown(given)} is neither how many, from 1 to 1000, nor a list of seeds, each "
+                "from 0 to 4294967295"
+            ) from None
         if isinstance(seeds, list) and (not seeds or len(set(seeds)) < len(seeds)):
-            raise ValueError(f"seeds {shown(seeds)}: name each seed once, and one at least")
+            raise ValueError(f"{shown(seeds)}: name each seed once, and one at least")
         return seeds
 
     @property
