@@ -299,8 +299,9 @@ def _judge_values(claim: Claim, pairs: Mapping[int, Sequence[_Pair]]) -> Judged:
         name: sum(getattr(pair, name).never for pair in everything) for name in ("first", "second")
     }
     if any(never.values()):
-        text += "; " + _about_never(claim, never)
-        if all(never.values()):
+        way = _way_of_truth(claim, never)
+        text += "; " + _about_never(claim, never, way * found.mean if way else None)
+        if not _withstands(claim, verdict, way, found.mean):
             verdict = "undecided"
     return _judged(claim, verdict, text, found, p, pairs, *values.values())
 
@@ -382,11 +383,37 @@ def _difference_text(claim: Claim, found: Differences) -> str:
     return f"second less first: {text}{within}"
 
 
-def _about_never(claim: Claim, never: Mapping[str, int]) -> str:
-    parts = [f"{_label(claim, name)} in {n} trainings" for name, n in never.items() if n]
+def _way_of_truth(claim: Claim, never: Mapping[str, int]) -> int:
+    """Where the true difference lies from the one counted: 1 above, -1 below, 0 either way."""
+    name: Name = "second" if never["second"] else "first"
+    if all(never.values()) or getattr(claim, name).measure.minus is not None:
+        return 0
+    return 1 if name == "second" else -1
+
+
+def _withstands(claim: Claim, verdict: Verdict, way: int, mean: float) -> bool:
+    """Whether a verdict on the difference counted holds of a true one that lies that `way`."""
+    if claim.expectation.kind == "equal":
+        return verdict == "contradicted" and way * mean > 0
+    return way * _sign(claim) == (1 if verdict == "supported" else -1)
+
+
+def _about_never(claim: Claim, never: Mapping[str, int], outward: float | None) -> str:
+    """`outward`: not below 0 where the true difference is the larger one; None: unknown."""
+    parts = [
+        f"{_label(claim, name)} in {count(n)} experiment{'s' * (n != 1)}"
+        for name, n in never.items()
+        if n
+    ]
+    if outward is None:
+        follows = "nothing can be said"
+    elif outward >= 0:
+        follows = "the true difference is larger"
+    else:
+        follows = "the true difference may be smaller, or of the other sign"
     return (
         f"never reached by {' and '.join(parts)}, which count as reaching it at the last step: "
-        + ("nothing can be said" if all(never.values()) else "the true difference is larger")
+        + follows
     )
 
 

@@ -194,6 +194,56 @@ def test_an_accuracy_that_is_never_reached(tmp_path):
     assert found.verdict == "undecided"
 
 
+@pytest.mark.parametrize("never", ["first", "second"])
+@pytest.mark.parametrize(
+    "expect", ["{never} is better", "{never} is higher", "equal within 4", "equal within 1"]
+)
+def test_one_that_never_got_there_is_not_called_faster_or_equal(tmp_path, never, expect):
+    size = {"first": 10, "second": 20}[never]
+
+    def faster_but_once(point):
+        if point.levels["training.batch_size"] != size:
+            return {"running": 0.45}
+        return {"running": 0.9 if point.seed else 0.3}
+
+    claim = f"{LEVELS}, measure: steps_to(0.4), expect: {expect.format(never=never)}"
+    found = judged(tmp_path, claim, faster_but_once, TWO.replace("3", "12"))
+    assert found.p is not None and found.verdict == "undecided"
+    assert f"{size} in 1 experiment, which" in found.text
+    assert "may be smaller, or of the other sign" in found.text
+
+
+@pytest.mark.parametrize(
+    ("expect", "verdict"),
+    [
+        ("second is better", "supported"),
+        ("first is better", "contradicted"),
+        ("equal within 1", "contradicted"),
+        ("equal within 4", "undecided"),
+    ],
+)
+def test_one_that_never_got_there_is_slower_still(tmp_path, expect, verdict):
+    def slow(point):
+        if point.levels["training.batch_size"] == 10:
+            return {"running": 0.3}
+        return {"running": 0.9 if point.seed else 0.45}
+
+    claim = f"{LEVELS}, measure: steps_to(0.4), expect: {expect}"
+    found = judged(tmp_path, claim, slow, TWO.replace("3", "12"))
+    assert found.verdict == verdict and "the true difference is larger" in found.text
+
+
+def test_a_difference_of_what_was_never_reached_says_nothing(tmp_path):
+    def slow(point):
+        if point.levels["training.batch_size"] == 10:
+            return {"running": 0.3, "recomputed": 0.3}
+        return {"running": 0.45 if point.seed else 0.9, "recomputed": 0.9}
+
+    claim = f"{LEVELS}, measure: steps_to(0.4) - steps_to(0.2), expect: second is lower"
+    found = judged(tmp_path, claim, slow, TWO.replace("3", "12"))
+    assert found.verdict == "undecided" and "nothing can be said" in found.text
+
+
 def test_results_are_long_and_whole(tmp_path):
     plan = plan_of(SMALL + TWO)
     record, experiments = made_up(
