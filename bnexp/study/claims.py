@@ -249,7 +249,7 @@ def _judge_divergence(claim: Claim, pairs: Mapping[int, Sequence[_Pair]]) -> Jud
     diverged = {name: sum(_has_diverged(v) for v in values) for name, values in found.items()}
     total = len(found[subject])
     text = (
-        f"{_label(claim, subject)} diverged in {diverged[subject]} of {total} trainings, "
+        f"{_label(claim, subject)} diverged in {diverged[subject]} of {total} experiments, "
         f"{_label(claim, other)} in {diverged[other]} of {len(found[other])}"
     )
     verdict: Verdict = "undecided"
@@ -331,7 +331,7 @@ def _one_diverged(claim: Claim, pairs: Sequence[_Pair], seeds: int) -> tuple[Ver
         if all_of_one and all(isinstance(getattr(pair, other), Value) for pair in pairs):
             kind, subject = claim.expectation.kind, claim.expectation.subject
             text = (
-                f"{_label(claim, name)} diverged in all of {len(pairs)} trainings, "
+                f"{_label(claim, name)} diverged in all of {len(pairs)} experiments, "
                 f"{_label(claim, other)} in none"
             )
             if kind == "equal":
@@ -435,9 +435,12 @@ def _judged(
     if cells > 1:
         text += f"; each seed's value is the mean over {count(cells)} experiments"
     measure = claim.second.measure
-    shown_measure = (
-        str(measure) if measure == claim.first.measure else (f"{claim.first.measure}; {measure}")
-    )
+    if claim.expectation.kind == "diverges":
+        shown_measure = "diverged"
+    elif measure == claim.first.measure:
+        shown_measure = str(measure)
+    else:
+        shown_measure = f"{claim.first.measure}; {measure}"
     return Judged(
         says=claim.config.says,
         source=claim.config.source,

@@ -155,6 +155,18 @@ def test_diverged_trainings_are_a_result(tmp_path):
         assert "in all of 3" in found.text or "in 3 of 3" in found.text or expect[0] == "f"
 
 
+def test_divergence_is_counted_in_experiments_and_is_no_accuracy(tmp_path):
+    def diverging(point):
+        return "diverged" if point.levels["training.batch_size"] == 20 else by_batch(point)
+
+    text = "vary: {training.batch_size: [10, 20], statistics.decay: [0.5, 0.9]}\nseeds: 3\n"
+    found = judged(tmp_path, f"{LEVELS}, expect: second diverges", diverging, text)
+    assert "20 diverged in 6 of 6 experiments" in found.text and "in 0 of 6" in found.text
+    assert found.measure == "diverged" and found.second_values == [1.0, 1.0, 1.0]
+    found = judged(tmp_path, f"{LEVELS}, expect: first is better", diverging, text)
+    assert "diverged in all of 6 experiments" in found.text and found.measure == "accuracy"
+
+
 def test_some_that_diverged_leave_it_undecided(tmp_path):
     def diverging(point):
         wild = point.levels["training.batch_size"] == 20 and point.seed == 1
