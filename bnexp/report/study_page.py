@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,7 @@ def render_study(record: StudyRecord) -> str:
     scores = _scores(record, axes, rows)
     baseline = _baseline(scores)
     cells = [c for c in cell_contrasts(scores, baseline) if c.condition != baseline]
+    experiments = _experiments(axes, rows)
     state = record.state
     return template("study.html.j2", count=words.count, tidy=tidy).render(
         title=printable(record.name),
@@ -89,11 +91,12 @@ def render_study(record: StudyRecord) -> str:
         claims=[_claim(record, claim) for claim in record.claims()],
         figures=_figures(axes, scores),
         factors=_factors(axes, scores),
+        left_out=_left_out(experiments),
         baseline=baseline,
         cells=[_row(c, _combination(axes, c.levels)) for c in cells[:MAX_CELLS]],
         cells_left=max(0, len(cells) - MAX_CELLS),
         columns=["record", *axes, "seed", "state"],
-        experiments=_experiments(axes, rows),
+        experiments=experiments,
         study=_printable_lines(record.text),
     )
 
@@ -200,6 +203,19 @@ def _experiments(axes: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list
         link = f"experiments/{key}/" if plain else ""
         found.setdefault((key, *cells), ExperimentRow(printable(key)[:16], link, cells))
     return list(found.values())
+
+
+def _left_out(experiments: Sequence[ExperimentRow]) -> str:
+    """How many experiments are in no mean, for want of an accuracy; nothing where all have one."""
+    states = [row.cells[-1] for row in experiments]
+    found = Counter(state for state in states if state != "finished")
+    if not found:
+        return ""
+    listed = ", ".join(f"{words.count(n)} {state}" for state, n in found.items())
+    return (
+        f"Without a final accuracy, and so in no mean: {words.count(found.total())} of "
+        f"{words.count(len(states))} experiments ({listed})"
+    )
 
 
 # ------------------------------------------------------------------------ small multiples

@@ -56,6 +56,12 @@ def test_claims_come_first_with_a_word_and_a_mark(tmp_path):
     assert "corrected by Holm" in page
 
 
+def test_experiments_without_an_accuracy_are_said_to_be_in_no_mean(tmp_path):
+    page = render_study(record_of(tmp_path))
+    said = "Without a final accuracy, and so in no mean: 1 of 19 experiments (1 diverged)"
+    assert said in page
+
+
 def test_the_page_needs_nothing_else(tmp_path):
     page = render_study(record_of(tmp_path))
     assert "<script" not in page and "http" not in page.replace("http-equiv", "").replace(
