@@ -289,14 +289,14 @@ def _overview(runs: Sequence[RunData]) -> Overview:
 
 
 def _overview_row(run: RunData, test_set: str) -> list[Cell]:
+    comparison = run.comparison
     row = [
         Cell(run.name, f"{run.setup.model}, seed {run.setup.seed}"),
         Cell(run.setup.data, test_set.removeprefix(run.setup.data).strip(" ()")),
-        Cell(words.count(run.step)),
+        Cell(words.count(run.step), "" if comparison else run.state["state"]),
     ]
-    comparison = run.comparison
     if comparison is None:
-        return [*row, Cell(run.state["state"]), Cell("–"), Cell("–"), Cell("–")]
+        return [*row, *[Cell("–")] * 4]
     base = comparison.base
     row += [Cell(base.condition.weights), _accuracy_cell(base)]
     if comparison.compared is None:

@@ -292,6 +292,12 @@ def test_several_runs_are_set_side_by_side(runs, page_of_several):
         render([])
 
 
+def test_a_run_without_a_comparison_has_its_state_below_its_steps(page_of_several):
+    row = page_of_several.partition("<b>half-1</b>")[2].partition("</tr>")[0]
+    cells = [re.sub("<[^>]+>", " ", cell).split() for cell in row.split("</td>")]
+    assert cells[2] == ["1,000", "interrupted"] and cells[3:7] == [["–"]] * 4
+
+
 def test_seeds_of_one_config_are_recognised(runs, folder):
     data = [RunData.read(run) for run in runs]
     (group,) = seed_groups(data)
