@@ -309,13 +309,14 @@ class _Words:
         if not shifting:
             return None
         shifting.sort(key=lambda item: item[0])
+        tested = sum(p is not None for p in p_values)
         further = len(shifting) - CLASSES_NAMED
         listed = ", ".join(text for _, text in shifting[:CLASSES_NAMED])
         more = f" and {count(further)} more" if further > 0 else ""
         return (
             f"Single classes shift between {base.label} and {self._second(base, other)}, right "
             f"only under the latter : only under the former: {listed}{more}; p-values are "
-            f"Holm-corrected over {count(len(names))} classes"
+            f"Holm-corrected over {count(tested)} classes"
             f"{' and all conditions' if self.corrected else ''}."
         )
 

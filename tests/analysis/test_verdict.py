@@ -319,6 +319,16 @@ def test_classes_that_shift_where_the_whole_does_not_are_named():
     )
 
 
+def test_classes_without_samples_are_not_among_those_corrected_for():
+    labels = np.arange(2000) % 4
+    base, other = labels.copy(), labels.copy()
+    base[np.flatnonzero(labels == 3)[:20]] = 2
+    other[np.flatnonzero(labels == 2)[:20]] = 3
+    predictions = {RUNNING: named(labels, base), RECOMPUTED: named(labels, other)}
+    (remark,) = compare(predictions, RUNNING, "0123456789", made=MADE).verdict.remarks
+    assert remark.endswith("p-values are Holm-corrected over 4 classes.")
+
+
 def test_classes_that_go_with_the_whole_are_not_named():
     found = compare(pair(10_000, 9170, gained=215), RUNNING, "0123456789")
     assert min(p for p in class_p_values(found.results)[RECOMPUTED]) < 0.05
