@@ -243,10 +243,10 @@ def check_range(what: str, value: Tensor, dtype: torch.dtype) -> None:
     beyond = value[value.isfinite() & ~value.to(dtype).isfinite()]
     if beyond.numel():
         kind = str(dtype).removeprefix("torch.")
+        wider = ": keep BN layers in float32 (layer.float(); inputs may be of less)"
         raise NotFinite(
             f"the {what} is {beyond.abs().max().item():.4g}, beyond {largest:g}, the largest "
-            f"number of its {kind} buffer: keep BN layers in float32 (layer.float(); inputs may "
-            "be of less)"
+            f"number of its {kind} buffer{'' if dtype == torch.float32 else wider}"
         )
 
 
