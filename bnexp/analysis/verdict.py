@@ -34,6 +34,8 @@ SIGNIFICANT = 0.05
 AGREEMENT = 0.01
 # A difference of mean losses is worth a remark from this share of the baseline's loss on.
 LOSS_DIFFERS = 0.01
+# The weights are said to have learned from this share of the way from guessing to certainty on.
+LEARNED = 0.5
 # How many of the classes that shift are named.
 CLASSES_NAMED = 5
 
@@ -249,7 +251,9 @@ class _Words:
             bad, good = (base, other) if found == "baseline-at-chance" else (other, base)
             why = ""
             if bad.condition.weights == good.condition.weights:
-                why = ": the weights have learned, these statistics do not belong to them"
+                why = ": these statistics do not belong to these weights"
+                if good.balanced_accuracy - good.guessing >= LEARNED * (1 - good.guessing):
+                    why = ": the weights have learned, these statistics do not belong to them"
             return (
                 f"{capital(bad.label)} are at chance (balanced accuracy "
                 f"{percent(bad.balanced_accuracy)}, guessing gives {percent(bad.guessing)}) where "

@@ -107,6 +107,14 @@ def test_one_kind_at_chance():
     )
 
 
+def test_a_little_better_than_guessing_is_not_called_learned():
+    text = headline(pair(10_000, 1000, gained=360))
+    assert text.endswith(
+        "where the model reaches 13.6 % with recomputed statistics: these statistics do not belong "
+        "to these weights (p < 0.001)."
+    )
+
+
 def test_both_at_chance():
     text = headline(pair(10_000, 1000, lost=200, gained=210))
     assert "the model is at chance under both (balanced accuracy 10.0 % and 10.1 %" in text
