@@ -216,7 +216,9 @@ def _loss_cell(result: Result) -> Cell:
     loss = "–" if result.loss is None else f"{result.loss:.4f}"
     if pair is None or pair.loss_difference is None:
         return Cell(loss)
-    return Cell(loss, f"{pair.loss_difference:+.4f}".replace("-", "−"))
+    difference = f"{pair.loss_difference:+.4f}"
+    zero = float(difference) == 0
+    return Cell(loss, difference[1:] if zero else difference.replace("-", "−"))
 
 
 def _digits(samples: int) -> int:

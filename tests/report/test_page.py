@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ from bnexp.errors import UserError
 from bnexp.records import Run
 from bnexp.records.audit import write_audit
 from bnexp.report.audit_page import render_record
-from bnexp.report.page import render, write_report
+from bnexp.report.page import _loss_cell, render, write_report
 from bnexp.report.run_data import RunData
 from bnexp.report.several import config_differences, seed_groups
 
@@ -296,6 +297,16 @@ def test_a_run_without_a_comparison_has_its_state_below_its_steps(page_of_severa
     row = page_of_several.partition("<b>half-1</b>")[2].partition("</tr>")[0]
     cells = [re.sub("<[^>]+>", " ", cell).split() for cell in row.split("</td>")]
     assert cells[2] == ["1,000", "interrupted"] and cells[3:7] == [["–"]] * 4
+
+
+@pytest.mark.parametrize(
+    ("difference", "shown"),
+    [(-0.00001, "0.0000"), (0.0, "0.0000"), (-0.012, "−0.0120"), (0.012, "+0.0120")],
+)
+def test_a_difference_of_losses_that_rounds_to_zero_has_no_sign(runs, difference, shown):
+    result = RunData.read(runs[0]).comparison.results[1]
+    paired = replace(result.versus_baseline, loss_difference=difference)
+    assert _loss_cell(replace(result, versus_baseline=paired)).small == shown
 
 
 def test_seeds_of_one_config_are_recognised(runs, folder):
