@@ -14,6 +14,7 @@ from rich.table import Table
 from bnexp.analysis.results import Result
 from bnexp.analysis.words import signed, signed_interval
 from bnexp.cli.tables import Page, refuse_both
+from bnexp.condition import weights_label
 from bnexp.errors import UserError
 from bnexp.records import find_run
 from bnexp.report.run_data import Evaluation, RunData
@@ -139,6 +140,12 @@ def _print_final(page: Page, runs: Sequence[RunData]) -> None:
     for run, results in zip(runs, found, strict=True):
         table.add_row(run.name, *(_final_cell(results.get(name)) for name in names))
     page.table(table)
+    bases = [(run.name, run.comparison.base.condition) for run in runs if run.comparison]
+    chosen = [
+        f"{name} ({weights_label(base)})" for name, base in bases if base.weights != "trained"
+    ]
+    if chosen:
+        page.text(f"not the weights of the last step: {', '.join(chosen)}", style="dim")
 
 
 def _final_cell(result: Result | None) -> str:

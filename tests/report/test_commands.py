@@ -111,6 +111,18 @@ def test_compare_sets_runs_side_by_side():
     assert group["summary"][0]["mean"] == pytest.approx(sum(accuracies) / 3)
 
 
+def test_compare_says_whose_weights_are_not_those_of_the_last_step(tmp_path):
+    paths = []
+    for name, weights in (("a-1", "last"), ("b-1", "best")):
+        run = make_run(tmp_path, name, steps=300, evaluations=2)
+        comparison = json.loads((run.path / "comparison.json").read_text())
+        run.write_json("comparison.json", comparison | {"weights": weights})
+        paths.append(str(run.path))
+    text = " ".join(bnexp("compare", *paths).split())
+    assert "not the weights of the last step: b-1 (best weights)" in text
+    assert "of the last step" not in bnexp("compare", "example-1", "example-2")
+
+
 def test_compare_in_markdown_is_tables_with_all_that_the_terminal_shows():
     text = bnexp("compare", "example-1", "example-2", "half-1", "--markdown")
     tables = [block.split("\n") for block in text.split("\n\n") if block.startswith("|")]
