@@ -155,13 +155,14 @@ def training_accuracy(run: RunData) -> Plot | None:
     if len(train):
         panels.append(Panel("EMA less whole training set, points", draw_distance, 1.1))
         off = float(np.abs(distance).mean())
+        augmented = "augmented images and " if run.setup.augmented else ""
         caption += (
             "It stands in for the accuracy on the whole training set in inference mode, "
             "which is too dear to measure at every step. Look at the lower plot for how good a "
             f"stand-in it is: {_points(off)} off on average over {count(len(train))} "
             f"measurements, {signed(distance[-1], 2)} at the last one. It lags while the model "
-            "improves; it sees augmented images and each mini-batch's own statistics; and it knows "
-            "only the images of its last steps. "
+            f"improves; it sees {augmented}each mini-batch's own statistics; and it knows only the "
+            "images of its last steps. "
         )
         alt += (
             f", the accuracy on the whole training set at {percent(train[-1])}; the EMA was "
@@ -196,11 +197,12 @@ def _distance_from_test(run: RunData, ema: float, step: int) -> str:
         for c in dict.fromkeys((run.baseline, run.recomputed))
         if c in last and c is not None
     ]
+    augmented = ", with augmentation" if run.setup.augmented else ""
     return (f"At the end the test accuracy is {'; it is '.join(found)}. " if found else "") + (
         "The distance from the test accuracy is not the generalization gap: the EMA is measured "
-        "with mini-batch statistics, with augmentation and with the weights of earlier steps. That "
-        "gap is the accuracy on the whole training set less the accuracy on the test set, both "
-        "with recomputed statistics."
+        f"with mini-batch statistics{augmented} and with the weights of earlier steps. That gap is "
+        "the accuracy on the whole training set less the accuracy on the test set, both with "
+        "recomputed statistics."
     )
 
 
@@ -391,9 +393,9 @@ def final_comparison(run: RunData) -> Plot | None:
     caption = (
         "Each condition on the whole test set, with 95 % intervals. The first plot asks how good "
         f"the model is, the second what the condition changes against {base}: both see the same "
-        "images, so its intervals are far narrower, and overlap in the first says nothing about a "
-        "difference. An interval that reaches over the zero line is compatible with no difference. "
-        "Names are as in the table above."
+        "images, so its intervals are the narrower the fewer predictions change, and overlap in "
+        "the first says nothing about a difference. An interval that reaches over the zero line is "
+        "compatible with no difference. Names are as in the table above."
     )
     if any(far):
         caption += " What would be far outside of the plots is given as a number."
@@ -455,7 +457,7 @@ def loss_and_rate(run: RunData) -> Plot | None:
         title="Loss and learning rate",
         caption=caption,
         alt=(
-            f"The training loss falls from {loss[0]:.3g} to {loss[-1]:.3g}; the learning rate goes "
+            f"The training loss goes from {loss[0]:.3g} to {loss[-1]:.3g}; the learning rate goes "
             f"from {rate[0]:.3g} over at most {rate.max():.3g} to {rate[-1]:.3g}."
         ),
         panels=(

@@ -43,6 +43,7 @@ class Setup:
     batch_size: int
     ema_decay: float
     label_smoothing: float
+    augmented: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +141,7 @@ def _setup(config: Mapping[str, Any]) -> Setup:
         batch_size=int(training["batch_size"]),
         ema_decay=decay,
         label_smoothing=float(training.get("label_smoothing", 0.0)),
+        augmented=any(config["data"].get("augment", {}).values()),
     )
 
 

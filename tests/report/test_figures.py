@@ -72,6 +72,32 @@ def test_the_ema_is_compared_with_what_it_stands_in_for(run, plots):
     assert list(drawn) == pytest.approx([100 * d for d in distances])
 
 
+@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_augmentation_is_told_of_runs_that_have_it(folder, augmented, train):
+    data = {
+        "name": "digits",
+        "val_fraction": 0.0,
+        "augment": {"crop_padding": 0, "flip": augmented},
+    }
+    name = f"augmented-{augmented}-{train}"
+    run = RunData.read(make_run(folder, name, steps=300, train=train, data=data))
+    caption = run_plots(run)[0].caption
+    assert ("augmented images" in caption) == (augmented and train)
+    assert ("with augmentation" in caption) == augmented
+
+
+def test_captions_hold_of_runs_that_go_wrong_too(folder):
+    run = make_run(folder, "wrong", steps=300, samples=20)
+    rows = (run.path / "steps.csv").read_text().splitlines()
+    *first, _, accuracy, ema = rows[-1].split(",")
+    rows[-1] = ",".join([*first, "1000", accuracy, ema])
+    (run.path / "steps.csv").write_text("\n".join(rows) + "\n")
+    plots = {plot.key: plot for plot in run_plots(RunData.read(run))}
+    assert "to 1e+03" in plots["rate"].alt and "falls" not in plots["rate"].alt
+    assert "far narrower" not in plots["comparison"].caption
+
+
 def test_without_whole_train_accuracy_the_caption_says_how_to_get_it(folder):
     run = RunData.read(make_run(folder, name="no-train-1", train=False))
     plot = run_plots(run)[0]
