@@ -442,6 +442,7 @@ def loss_and_rate(run: RunData) -> Plot | None:
         axes.plot(x, y, color=COLOUR["teal"])
         axes.set_ylim(bottom=0)
         axes.margins(y=0.1)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         step_axis(axes, steps, narrow)
 
     broken = np.flatnonzero(~np.isfinite(loss))

@@ -98,6 +98,20 @@ def test_captions_hold_of_runs_that_go_wrong_too(folder):
     assert "far narrower" not in plots["comparison"].caption
 
 
+@pytest.mark.parametrize(("scale", "top"), [(1e7, 1e6), (1e-8, 1e-9)])
+def test_the_axis_of_the_learning_rate_has_its_power_of_ten_at_each_number(folder, scale, top):
+    run = RunData.read(make_run(folder, f"rate-{scale}", steps=300))
+    run = dataclasses.replace(run, steps={**run.steps, "lr": run.steps["lr"] * scale})
+    (plot,) = (plot for plot in run_plots(run) if plot.key == "rate")
+    figure = build(plot)
+    figure.canvas.draw()
+    axis = figure.axes[1].yaxis
+    assert axis.get_offset_text().get_text() == ""
+    numbers = [float(label.get_text()) for label in axis.get_majorticklabels()]
+    assert numbers == pytest.approx(list(axis.get_majorticklocs()))
+    assert max(numbers) == pytest.approx(top, rel=0.5)
+
+
 def test_without_whole_train_accuracy_the_caption_says_how_to_get_it(folder):
     run = RunData.read(make_run(folder, name="no-train-1", train=False))
     plot = run_plots(run)[0]
