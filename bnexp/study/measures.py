@@ -241,7 +241,12 @@ def _at(experiment: Experiment, curve: dict[int, float], at: float | None, what:
     if at < 1:
         total = experiment.state["step"]
         before = [step for step in curve if step <= at * total]
-        return curve[max(before) if before else min(curve)]
+        if not before:
+            raise UserError(
+                f"{what} was not measured by {at:g} of the run of {total} steps; the first time is "
+                f"at step {min(curve)}"
+            )
+        return curve[max(before)]
     if int(at) not in curve:
         steps = sorted(curve)
         near = min(steps, key=lambda step: abs(step - at))

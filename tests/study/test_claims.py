@@ -130,6 +130,17 @@ def test_what_is_measured(tmp_path, claim, difference):
     assert found.difference == pytest.approx(difference, abs=1e-9), found.text
 
 
+def test_a_share_of_the_run_before_the_first_evaluation_is_not_judged_by_a_later_one(tmp_path):
+    plan = plan_of(
+        SMALL + TWO + f"claims: [{{says: it, {LEVELS}, at: 0.4, expect: second is better}}]"
+    )
+    record, experiments = made_up(tmp_path, plan, by_batch)
+    collect(record, plan.study, experiments, plan.claims)
+    (claim,) = record.claims()
+    assert claim["verdict"] == "undecided"
+    assert "not measured by 0.4 of the run of 6 steps; the first time is at step 3" in claim["text"]
+
+
 def test_the_mean_over_what_is_not_named_is_taken_within_seeds(tmp_path):
     found = judged(tmp_path, "compare: [running, recomputed], expect: second is better", by_batch)
     assert found.cells == 2 and "mean over 2 experiments" in found.text
