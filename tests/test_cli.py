@@ -356,21 +356,24 @@ def test_help_and_import_need_no_torch():
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("bnexp train d", ["digits", "drafts/"]),
-        ("bnexp train drafts/", ["drafts/my.yml"]),
+        ("bnexp train d", ["digits", "draft.yml"]),
+        ("bnexp train dr", ["draft.yml"]),
         ("bnexp train --resume s", ["some-1"]),
-        ("bnexp study 0", ["00-ema-accuracy", "01-bn-trains-faster"]),
+        ("bnexp study 00", ["00-ema-accuracy"]),
         ("bnexp init sm", ["smoke"]),
         ("bnexp eval so", ["some-1"]),
-        ("bnexp report some-1 el", ["elsewhere/"]),
+        # A shell completes these itself: folders without a space after them, quoted names.
+        ("bnexp train drafts/", []),
+        ("bnexp train my", []),
+        ("bnexp report some-1 dr", []),
     ],
 )
 def test_shells_are_told_how_words_go_on(tmp_path, line, words):
     config = load_config(ROOT / "configs/digits.yaml").to_yaml()
-    for folder in ("drafts", "elsewhere", "runs/some-1", ".hidden"):
+    for folder in ("drafts", "runs/some-1"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "drafts/my.yml").touch()
-    (tmp_path / "drafts/notes.txt").touch()
+    for name in ("draft.yml", "drafts/other.yml", "my own.yml", "draft.txt"):
+        (tmp_path / name).touch()
     (tmp_path / "runs/some-1/config.yaml").write_text(config)
     (tmp_path / "runs/some-1/steps.csv").touch()
     asked = {
@@ -386,7 +389,7 @@ def test_shells_are_told_how_words_go_on(tmp_path, line, words):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[: len(words)] == words
+    assert done.stdout.split() == words
 
 
 @pytest.mark.parametrize(
