@@ -500,6 +500,8 @@ def test_a_signal_to_a_command_that_is_ending_changes_nothing(bnexp, number):
         "bnexp.cli.flush_or_give_up = flush\n"
     )
     assert "nothing" in only_line(bnexp("train", "nothing.yaml", inject=inject), 2)
+    done = bnexp("config", "digits", inject=inject)
+    assert (done.code, done.stderr) == (0, "") and "digits" in done.stdout
 
 
 # ------------------------------------------------------------------------------------- compiler

@@ -103,10 +103,11 @@ def main() -> None:
         try:
             if sys.argv[1:2] != ["train"]:
                 refuse_launcher(" ".join(["bnexp", *sys.argv[1:2]]))
-            code = app(sys.argv[1:] or ["--help"], prog_name="bnexp", standalone_mode=False)
-            sys.exit(code or 0)
-        except SystemExit:
+            sys.exit(app(sys.argv[1:] or ["--help"], prog_name="bnexp", standalone_mode=False) or 0)
+        except SystemExit as end:
             sys.stdout.flush()
+            code = 1 if isinstance(end.code, str) else end.code or 0
+            _at_a_signal(lambda *_: os._exit(code))
             raise
     except (UserError, RunFailed, ExpectationNotMet, Interrupted) as error:
         _fail(str(error), error.exit_code)
