@@ -94,6 +94,7 @@ def run_experiment(
         with ranks.together("the beginning of a training"):
             chosen = by_rank_0(ranks, "the run to resume", lambda: _found(resume, runs))
             settings = _config(config, list(overrides), chosen)
+            settings.require_gates()
             ranks.agree(settings.to_yaml(), "the config")
             device = device_of_rank(settings.device, ranks)
             ranks.agree(device.type, "the kind of device")

@@ -157,6 +157,18 @@ def test_an_expectation_that_is_not_met_exits_with_3(bnexp, quick):
     assert done.stderr.splitlines()[-1].startswith("bnexp: expect.test_accuracy: 99.00%")
 
 
+def test_a_record_with_a_gate_that_could_not_be_held_is_read(bnexp, quick):
+    """Trainings with such gates were begun before they were refused."""
+    _, run = trained(bnexp, quick, "test.statistics=[running]")
+    config = run.path / "config.yaml"
+    config.write_text(config.read_text().replace("worst_cost: null", "worst_cost: 0.1"))
+    assert bnexp("eval", run.path).code == 0
+    assert bnexp("export", run.path, "network.pt").code == 0
+    longer = ("train", "--resume", run.path, "training.steps=50")
+    assert "expect.worst_cost needs recomputed" in error_line(bnexp(*longer))
+    assert bnexp(*longer, "expect.worst_cost=null").code == 0
+
+
 def test_all_expectations_that_are_not_met_are_said(bnexp, quick):
     never_counted = ("statistics.decay=0.999", "expect.cost=0.01", "expect.worst_cost=0.01")
     done = bnexp("train", quick, *never_counted, "expect.test_accuracy=0.99")

@@ -15,4 +15,6 @@ def run_config(path: str | None, overrides: list[str], schema: bool) -> None:
     elif path is None:
         raise UserError("name a config, as in: bnexp config digits (or --schema)")
     else:
-        print(load_config(find_config(path), overrides).to_yaml(), end="")
+        config = load_config(find_config(path), overrides)
+        config.require_gates()
+        print(config.to_yaml(), end="")

@@ -59,6 +59,7 @@ def run_train(
         with ranks.together("the command line"):
             run = find_run(resume, runs) if resume else None
             settings = _settings(config, assignments, run)
+            settings.require_gates()
             if settings.logging.tensorboard:  # said before torch is imported
                 require_extra("tensorboard", "logging.tensorboard")
             several = ranks.size > 1 or (processes or 1) > 1

@@ -526,14 +526,18 @@ class Config(Section):
                 f"statistics.normalization_batch {part} leaves one image of training.batch_size "
                 f"{batch} over, which has no variance; choose a divisor"
             )
+        return self
+
+    def require_gates(self) -> None:
+        """UserError where a training could not be held to what `expect` says. Of a record it isn't
+        asked: what was trained before can be evaluated and exported all the same."""
         if self.model.norm == "none" and (self.expect.cost, self.expect.worst_cost) != (None, None):
-            raise ValueError(
+            raise UserError(
                 "expect.cost and expect.worst_cost are of running averages, which model.norm none "
                 "has not"
             )
         if self.expect.worst_cost is not None and "recomputed" not in self.test.statistics:
-            raise ValueError("expect.worst_cost needs recomputed in test.statistics")
-        return self
+            raise UserError("expect.worst_cost needs recomputed in test.statistics")
 
     def require_parts_for(self, processes: int) -> None:
         """UserError where a mini-batch has fewer parts than there are processes to share it."""
