@@ -195,7 +195,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, found: Match) -> None
     negative = [
         name
         for name, theirs in found.names.items()
-        if name.rpartition(".")[2] == BUFFERS[1] and (state[theirs] < 0).any()
+        if name.rpartition(".")[2] == BUFFERS[1] and (state[theirs].double() < 0).any()
     ]
     if negative:
         raise UserError(f"{where} have negative variances: {_listed(negative)}")

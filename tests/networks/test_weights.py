@@ -226,6 +226,15 @@ def test_missing_unexpected_and_misshapen_names_are_listed(net, tmp_path):
         load_weights(checkpoint, model, found)
 
 
+def test_8_bit_floating_point_weights(net, tmp_path):
+    """Which torch can't compare with 0 as they are."""
+    state = {n: t.to(torch.float8_e4m3fn) if t.ndim else t for n, t in net.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    checkpoint, model = read_checkpoint(tmp_path / "w.pt"), Net()
+    load_weights(checkpoint, model, match(checkpoint, model))
+    assert torch.equal(model.bn.running_var, state["bn.running_var"].float())
+
+
 @pytest.mark.parametrize(
     "name,change,said",
     [
