@@ -121,7 +121,9 @@ KMNIST = IdxDataSet(
 )
 IDX = {data_set.name: data_set for data_set in (MNIST, FASHION_MNIST, KMNIST)}
 _OWNERS = {
-    md5: data_set.name for data_set in (MNIST, FASHION_MNIST) for md5 in data_set.md5.values()
+    md5: (data_set.name, part)
+    for data_set in (MNIST, FASHION_MNIST)
+    for part, md5 in data_set.md5.items()
 }
 
 
@@ -268,20 +270,29 @@ def parse_idx(contents: bytes, path: Path, dimensions: int) -> np.ndarray:
 
 
 def _check_published(data_set: IdxDataSet, part: str, path: Path, contents: bytes) -> None:
-    """Compare a file of the published size with the published contents."""
-    images = PUBLISHED_IMAGES[part.split("-")[0]]
-    published_size = 16 + images * 28 * 28 if "images" in part else 8 + images
-    if len(contents) != published_size:
+    """Compare a file of a published size with the published contents."""
+    sizes = {part: _published_size(part) for part in IDX_PARTS}
+    if len(contents) not in sizes.values():
         return
     md5 = hashlib.md5(contents, usedforsecurity=False).hexdigest()
-    owner = _OWNERS.get(md5)
-    if owner not in (None, data_set.name):
+    owner, owned = _OWNERS.get(md5, (data_set.name, part))
+    if owner != data_set.name:
         raise OtherDataSet(f"{path} belongs to {owner}")
-    if data_set.md5.get(part, md5) != md5:
+    if owned != part:
+        raise UserError(
+            f"{path} holds {owner}'s {owned.replace('-', ' ')} instead of its "
+            f"{part.replace('-', ' ')}; {REPLACE}"
+        )
+    if len(contents) == sizes[part] and data_set.md5.get(part, md5) != md5:
         raise UserError(
             f"{path} is corrupt: it has the size of {data_set.name}'s file and other contents "
             f"(md5 {md5}, not {data_set.md5[part]}); {REPLACE}"
         )
+
+
+def _published_size(part: str) -> int:
+    images = PUBLISHED_IMAGES[part.split("-")[0]]
+    return 16 + images * 28 * 28 if "images" in part else 8 + images
 
 
 # ------------------------------------------------------------- the sets torchvision reads for us

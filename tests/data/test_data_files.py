@@ -240,6 +240,20 @@ def test_wrong_contents_of_the_published_size_are_corrupt(tmp_path):
 
 
 @needs_fashion
+@pytest.mark.parametrize(("source", "target"), [("train", "t10k"), ("t10k", "train")])
+def test_one_split_under_the_names_of_the_other_is_found(tmp_path, source, target):
+    """Whole and consistent files: training on test images, or testing on those of training."""
+    for path in DEBIAN_FASHION.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    for kind in "images-idx3", "labels-idx1":
+        moved = tmp_path / f"{target}-{kind}-ubyte.gz"
+        moved.unlink()
+        moved.symlink_to(DEBIAN_FASHION / f"{source}-{kind}-ubyte.gz")
+    with pytest.raises(UserError, match=rf"{target}-.* holds fashion-mnist's .* instead of its"):
+        files.load_idx(files.FASHION_MNIST, tmp_path)
+
+
+@needs_fashion
 def test_fashion_mnist_is_not_taken_for_mnist(tmp_path, monkeypatch):
     """Both use the same file names. The search goes on, and says what it passed by."""
     monkeypatch.setenv("BNEXP_DATA", str(DEBIAN_FASHION))

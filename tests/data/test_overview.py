@@ -83,7 +83,7 @@ def test_files_that_are_known_to_be_anothers_are_not_here(tmp_path, monkeypatch)
     labels = gzip.decompress((tmp_path / "raw" / "t10k-labels-idx1-ubyte.gz").read_bytes())
     md5 = hashlib.md5(labels, usedforsecurity=False).hexdigest()
     monkeypatch.setitem(FASHION_MNIST.md5, "test-labels", md5)
-    monkeypatch.setattr("bnexp.data.files._OWNERS", {md5: "fashion-mnist"})
+    monkeypatch.setattr("bnexp.data.files._OWNERS", {md5: ("fashion-mnist", "test-labels")})
     monkeypatch.setattr("bnexp.data.files.PUBLISHED_IMAGES", {"train": 60_000, "test": 10})
     assert place_of(BY_NAME["fashion-mnist"], tmp_path) == tmp_path / "raw"
     assert place_of(BY_NAME[MNIST.name], tmp_path) is None
