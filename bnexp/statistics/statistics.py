@@ -47,6 +47,12 @@ class Statistics:
         if not self.mean.keys() == self.var.keys() == self.count.keys():
             raise UserError("Statistics: mean, var and count name different layers")
         for name, mean in self.mean.items():
+            for tensor in (mean, self.var[name]):
+                if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+                    kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                    raise UserError(
+                        f"Statistics of {name!r}: mean and var must be floating tensors, not {kind}"
+                    )
             if mean.dim() != 1 or mean.shape != self.var[name].shape:
                 raise UserError(
                     f"Statistics of {name!r}: mean {tuple(mean.shape)} and var "

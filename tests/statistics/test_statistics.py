@@ -185,6 +185,20 @@ def test_a_tracker_is_up_to_date_before_buffers_are_read_or_lent():
     tracker.close()
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.ones(4, dtype=torch.int64), "torch.int64"),
+        (torch.ones(4, dtype=torch.complex64), "torch.complex64"),
+        ([1.0] * 4, "list"),
+    ],
+)
+def test_means_and_variances_are_floating_tensors(value, kind):
+    for mean, var in ((value, torch.ones(4)), (torch.ones(4), value)):
+        with pytest.raises(UserError, match=f"'1': mean and var must be floating .*not {kind}"):
+            Statistics({"1": mean}, {"1": var}, {"1": 1})
+
+
 def test_save_and_load(tmp_path):
     path = tmp_path / "a.pt"
     some().save(path)
