@@ -296,7 +296,14 @@ def audit(
     with ranks.together("an audit"), torch.random.fork_rng([]):
         torch.set_rng_state(ranks.broadcast(torch.get_rng_state(), "the random numbers"))
         judge = _Judge(
-            model, Batches(population), Batches(test), task, words, classes, samples, memory
+            model,
+            Batches(population, "population"),
+            Batches(test, "test", paired=True),
+            task,
+            words,
+            classes,
+            samples,
+            memory,
         )
         if not batchnorm_layers(model):
             return judge.without_batchnorm()

@@ -519,6 +519,22 @@ def test_what_cannot_be_audited():
         audit(model, POPULATION, TEST, score=lambda output, batch: output)
 
 
+def test_test_samples_in_another_order_in_every_pass_are_refused():
+    """What exchanging a layer does is told from several passes, sample by sample."""
+
+    class Shuffled:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(TEST[self.passes :] + TEST[: self.passes])
+
+    model = healthy()
+    model.bn3.running_mean += 3
+    with pytest.raises(UserError, match="test is gone through several times"):
+        audit(model, POPULATION, Shuffled())
+
+
 @pytest.mark.parametrize("label", [0.5, float("nan")])
 def test_labels_that_are_no_whole_numbers_are_not_cut_off(label):
     x, y = TEST[0]

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from bnexp.evaluation.scoring import size_of
+from bnexp.errors import UserError
+from bnexp.evaluation.scoring import labels_of, size_of
+from bnexp.ranks import checksum
 
 
 class Batches:
@@ -18,14 +20,19 @@ class Batches:
     Of a DataLoader over a Dataset the order is drawn once, and of what isn't asked for nothing is
     loaded; a sequence is indexed. Anything else is gone through and what isn't asked for passed
     over: it must give the same order in every pass, as a loader does that shuffles with a generator
-    of its own (whose state is put back) or with torch's (within `inference`).
+    of its own (whose state is put back) or with torch's (within `inference`). UserError from a
+    pass that ends at once after one that didn't and, with `paired`, from one that gives other
+    labels than before: scores of several passes are compared sample by sample.
 
+    what: the batches are, in words.
     sizes: the samples in each batch, as far as a pass has come.
     """
 
-    def __init__(self, source: Iterable) -> None:
+    def __init__(self, source: Iterable, what: str = "the iterable", paired: bool = False) -> None:
         self.sizes: list[int] = []
         self._source = source
+        self._what = what
+        self._labels: dict[int, int] | None = {} if paired else None
         self._order = _order(source)
         generator = getattr(source, "generator", None)
         self._generator = generator if isinstance(generator, torch.Generator) else None
@@ -87,9 +94,30 @@ class Batches:
                 self._generator.set_state(self._state)
             wanted = None if numbers is None else set(numbers)
             last = None if numbers is None else max(numbers) + 1
+            number = -1
             for number, batch in enumerate(islice(self._source, last)):
                 if wanted is None or number in wanted:
+                    self._compare(number, batch)
                     yield batch
+            if self.sizes and (number < 0 or (self._labels and number + 1 < (last or 0))):
+                raise self._other(f"which ends after {number + 1} batches")
+
+    def _compare(self, number: int, batch: Any) -> None:
+        """UserError where this batch has other samples than in a pass before, by their labels."""
+        if self._labels is None:
+            return
+        try:
+            labels = checksum([labels_of(batch)], size_of(batch))
+        except UserError:  # none that could be told
+            labels = size_of(batch)
+        if self._labels.setdefault(number, labels) != labels:
+            raise self._other(f"whose batch number {number} is another")
+
+    def _other(self, how: str) -> UserError:
+        return UserError(
+            f"{self._what} is gone through several times, and gave a pass {how}: it must give the "
+            "same samples in the same order every time, as a DataLoader or a list of batches does"
+        )
 
 
 class _Some:

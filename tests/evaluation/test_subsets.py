@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from bnexp.errors import UserError
 from bnexp.evaluation.subsets import Batches, evenly
 
 
@@ -78,6 +79,37 @@ def test_batches_of_any_kind(source):
     assert batches.sizes == [4, 4, 2] and batches.samples == 10
     assert batches.places([0, 2]) == [0, 1, 2, 3, 8, 9]
     assert batches.spread(4) == [1] and batches.spread(100) == [0, 1, 2]
+
+
+class Changing:
+    """Batches of the user's own kind, others in each pass."""
+
+    def __init__(self, *passes):
+        self.passes = iter(passes)
+
+    def __iter__(self):
+        return iter(next(self.passes))
+
+
+PAIRS = [(torch.zeros(2, 3), torch.tensor([0, 1])), (torch.zeros(2, 3), torch.tensor([1, 1]))]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [(PAIRS[::-1], "batch number 0 is another"), (PAIRS[:1], "ends after 1 batches")],
+)
+def test_paired_batches_that_are_others_in_another_pass_are_refused(second, message):
+    batches = Batches(Changing(PAIRS, PAIRS, second), "test", paired=True)
+    assert len(list(batches)) == len(list(batches.only([0, 1]))) == 2
+    with pytest.raises(UserError, match=rf"test is gone through several times.*{message}"):
+        list(batches.only([0, 1]))
+
+
+def test_batches_that_are_not_paired_may_vary_but_not_run_out():
+    batches = Batches(Changing(PAIRS, PAIRS[::-1], PAIRS[:1], []), "population")
+    assert [len(list(batches)) for _ in range(3)] == [2, 2, 1]
+    with pytest.raises(UserError, match=r"population .*ends after 0 batches"):
+        list(batches)
 
 
 def test_an_infinite_sampler_is_not_drawn_to_its_end():
