@@ -515,8 +515,9 @@ def test_what_cannot_be_audited():
         audit(model, POPULATION, [])
     with pytest.raises(UserError, match="method 'fast' is unknown"):
         audit(model, POPULATION, TEST, methods=("fast",))
-    with pytest.raises(UserError, match="a tensor \\(N,\\) with a number per sample"):
-        audit(model, POPULATION, TEST, score=lambda output, batch: output)
+    for given in (lambda output: output, lambda output: output.flatten(), lambda output: output[0]):
+        with pytest.raises(UserError, match="a tensor \\(N,\\) with a number per sample"):
+            audit(model, POPULATION, TEST, score=lambda output, batch, given=given: given(output))
 
 
 def test_test_samples_in_another_order_in_every_pass_are_refused():

@@ -92,7 +92,7 @@ class Task:
             output = self.output(model, batch)
             if self.score is None:
                 return classified(*self._classification(output, batch))
-            return _checked(self.score(output, batch)).double()[None]
+            return _checked(self.score(output, batch), batch).double()[None]
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         """The sum over samples of the cross-entropy, or of minus the user's score."""
@@ -101,7 +101,7 @@ class Task:
         if self.score is None:
             logits, labels = self._classification(output, batch)
             return F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
-        values = _checked(self.score(output, batch))
+        values = _checked(self.score(output, batch), batch)
         return -values.sum(), len(values)
 
     def _classification(self, output: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -343,10 +343,14 @@ def _classification(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return output, labels.long()
 
 
-def _checked(values: Any) -> Tensor:
-    if not isinstance(values, Tensor) or values.dim() != 1:
+def _checked(values: Any, batch: Any) -> Tensor:
+    size = size_of(batch)
+    if not isinstance(values, Tensor) or values.shape != (size,):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise UserError(f"score gave {shape}: a tensor (N,) with a number per sample is needed")
+        raise UserError(
+            f"score gave {shape} for a batch of {size}: a tensor (N,) with a number per sample is "
+            "needed"
+        )
     return values
 
 
