@@ -285,6 +285,8 @@ def audit(
         if isinstance(batches, Iterator):
             raise UserError(f"{name} is an iterator, which ends after one pass: give a list or a "
                             "DataLoader")  # fmt: skip
+    if samples is not None and samples < 1:
+        raise UserError(f"samples={samples!r} must be a number of samples from 1 upwards")
     if not methods:
         raise UserError(f"name a method to recompute with: {', '.join(METHODS)}")
     if unknown := [m for m in methods if m not in METHODS]:

@@ -513,6 +513,8 @@ def test_what_cannot_be_audited():
         audit(nn.Sequential(nn.BatchNorm2d(1)), POPULATION, TEST)
     with pytest.raises(UserError, match="no samples to test on"):
         audit(model, POPULATION, [])
+    with pytest.raises(UserError, match="samples=0 must be"):
+        audit(model, POPULATION, TEST, samples=0)
     with pytest.raises(UserError, match="method 'fast' is unknown"):
         audit(model, POPULATION, TEST, methods=("fast",))
     for given in (lambda output: output, lambda output: output.flatten(), lambda output: output[0]):
