@@ -98,6 +98,7 @@ def run_experiment(
             ranks.agree(settings.to_yaml(), "the config")
             device = device_of_rank(settings.device, ranks)
             ranks.agree(device.type, "the kind of device")
+            held.enter_context(torch.autocast(device.type, enabled=False))  # a caller's own
             held.enter_context(
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
             )
