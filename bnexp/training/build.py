@@ -216,6 +216,11 @@ def _averages(
     if swa := config.training.averages.swa:
         start = round(swa.start * total_steps)
         every = swa.every or min(steps_per_epoch, max(1, total_steps - start))
+        if start // every == total_steps // every:
+            raise UserError(
+                f"training.averages.swa averages no weights: of {total_steps} steps none after "
+                f"{start} is a multiple of {every}; take a smaller start or every"
+            )
         averages["swa"] = SwaWeights(model, start, every)
     return averages
 
