@@ -109,8 +109,9 @@ class Task:
         if self.classes not in (None, logits.shape[1]):
             raise UserError(
                 f"the model tells {logits.shape[1]} classes apart, and there are {self.classes} "
-                "names of classes: which output is which class can't be told; a folder needs an "
-                "image of every class that the model was trained for"
+                "names of classes: which output is which class can't be told; name one for each "
+                "output, in their order (a folder needs an image of every class that the model was "
+                "trained for)"
             )
         return logits, labels
 
