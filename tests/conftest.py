@@ -27,8 +27,10 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-# How long an example takes says how busy the machine is.
-settings.register_profile("bnexp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says how busy the machine is, and examples are the same everywhere.
+settings.register_profile(
+    "bnexp", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("bnexp")
 
 needs_fashion_mnist = pytest.mark.skipif(
