@@ -258,6 +258,20 @@ def test_what_is_wrong_is_said_in_one_line(project, arguments, said):
     assert not (project.cwd / "runs").exists()
 
 
+def test_a_worker_that_dies_is_one_line(project):
+    (project.cwd / "dying.py").write_text(
+        "import os, torch\n"
+        "class Data(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 200\n"
+        "    def __getitem__(self, index): os._exit(3)\n"
+    )
+    arguments = (*AUDIT[:4], "--population", "dying:Data", "--test", "dying:Data")
+    done = project(*arguments, "data.workers=1")
+    assert done.code == 1 and "Traceback" not in done.stderr
+    assert "DataLoader worker" in done.stderr.splitlines()[-1]
+    assert "data.workers=0" in done.stderr.splitlines()[-1]
+
+
 def test_mending_is_refused_where_it_does_not_help(project, trained):
     x, y = samples(600, 1)
     torch.save((0.02 * x, y), project.cwd / "train.pt")

@@ -149,6 +149,9 @@ def _fail_if_explained(error: BaseException) -> None:
         _fail(str(failure), failure.exit_code)
     if is_out_of_memory(error):
         _fail("out of memory; take a smaller model, data.limit or test.batch_size", 1)
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        _fail(f"{error}; without workers (data.workers=0, or the loader's own num_workers) no "
+              "shared memory is needed, and what ends them shows", 1)  # fmt: skip
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
