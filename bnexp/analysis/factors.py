@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bnexp.analysis.intervals import Interval, holm, t_interval
+from bnexp.analysis.intervals import Interval, holm, interval_over_seeds
 from bnexp.analysis.paired import paired_differences
 
 Levels = tuple[str, ...]
@@ -105,7 +105,7 @@ def _contrast(
         seeds=len(accuracies),
         cells=cells,
         mean=float(accuracies.mean()),
-        interval=t_interval(accuracies),
+        interval=interval_over_seeds(accuracies),
         difference=paired.mean if paired else None,
         difference_interval=paired.interval if paired else None,
         p=paired.p if paired else None,

@@ -136,6 +136,20 @@ def t_interval(values: np.ndarray) -> Interval | None:
     return float(values.mean() - half), float(values.mean() + half)
 
 
+def differ(values: Sequence[float] | np.ndarray) -> bool:
+    """Whether the values, one per seed, are not all the same but for rounding: 0.92 - 0.90 and
+    0.94 - 0.92 are two points, and differ in the sixteenth digit. Not where one isn't finite."""
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) < 2 or not np.isfinite(array).all():
+        return False
+    return bool(np.ptp(array) > 1e-12 * max(1.0, np.abs(array).max()))
+
+
+def interval_over_seeds(values: np.ndarray) -> Interval | None:
+    """`t_interval`, and None where all seeds have the same: they say nothing about chance then."""
+    return t_interval(values) if differ(values) else None
+
+
 def standard_error(values: np.ndarray) -> float:
     """Of the mean of two or more independent values."""
     return values.std(ddof=1) / math.sqrt(len(values))

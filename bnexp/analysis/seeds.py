@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bnexp.analysis.intervals import Interval, t_interval
+from bnexp.analysis.intervals import Interval, interval_over_seeds
 from bnexp.condition import Condition
 from bnexp.errors import UserError
 
@@ -48,10 +48,10 @@ def summarize_seeds(
                 condition=condition,
                 runs=len(values),
                 mean=float(values.mean()),
-                interval=_within_0_and_1(t_interval(values)),
+                interval=_within_0_and_1(interval_over_seeds(values)),
                 standard_deviation=float(values.std(ddof=1)) if len(values) > 1 else None,
                 difference=None if paired is None else float(paired.mean()),
-                difference_interval=None if paired is None else t_interval(paired),
+                difference_interval=None if paired is None else interval_over_seeds(paired),
             )
         )
     return summaries

@@ -343,7 +343,7 @@ def _one_diverged(claim: Claim, pairs: Sequence[_Pair], seeds: int) -> tuple[Ver
 
 def _by_interval(claim: Claim, found: Differences) -> tuple[Verdict, float | None, str]:
     expectation, text = claim.expectation, _difference_text(claim, found)
-    if found.interval is None:
+    if len(found.values) < 2:
         return "undecided", None, f"{text}: a single seed says nothing about the next one"
     if expectation.kind == "equal":
         verdict = judge_equality(found, expectation.margin)
@@ -352,12 +352,12 @@ def _by_interval(claim: Claim, found: Differences) -> tuple[Verdict, float | Non
             text += "; all seeds differ by the same, so that chance can't be judged: take more"
         return verdict, p, text
     sign = _sign(claim)
-    oriented = paired_differences([sign * value for value in found.values])
-    verdict = judge_direction(oriented, expectation.margin)
+    beyond = paired_differences([sign * value - expectation.margin for value in found.values])
+    verdict = judge_direction(beyond)
     if not found.spread:
-        same = "do not differ at all" if found.mean == 0 else "all differ by the same"
+        same = "do not differ at all" if found.absent else "all differ by the same"
         text += f"; the seeds {same}, so that chance can't be judged"
-    return verdict, found.p, text
+    return verdict, beyond.p, text
 
 
 def _sign(claim: Claim) -> int:

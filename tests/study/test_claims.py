@@ -102,6 +102,14 @@ def test_expectations(tmp_path, expect, verdict):
     assert judged(tmp_path, f"{LEVELS}, expect: {expect}", by_batch).verdict == verdict
 
 
+def test_the_p_of_a_margin_is_of_what_lies_beyond_it(tmp_path):
+    claim = f"{LEVELS}, expect: second is better by 0.02"
+    beyond = [second - first - 0.02 for first, second in zip(FIRST, SECOND, strict=True)]
+    found = judged(tmp_path, claim, by_batch)
+    assert found.p == pytest.approx(stats.ttest_1samp(beyond, 0).pvalue)
+    assert found.difference == pytest.approx(sum(SECOND) / 3 - sum(FIRST) / 3)
+
+
 @pytest.mark.parametrize(
     ("claim", "difference"),
     [
