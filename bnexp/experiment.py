@@ -98,7 +98,11 @@ def run_experiment(
             ranks.agree(settings.to_yaml(), "the config")
             device = device_of_rank(settings.device, ranks)
             ranks.agree(device.type, "the kind of device")
-            held.enter_context(torch.autocast(device.type, enabled=False))  # a caller's own
+            if torch.is_autocast_enabled(device.type):
+                raise UserError(
+                    "run_experiment within torch.autocast would not train in the config's "
+                    "precision: call it outside"
+                )
             held.enter_context(
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
             )
@@ -108,6 +112,8 @@ def run_experiment(
                 display = _display(training, progress)
                 for line in training.remarks:
                     display.line(line)
+                for line in training.warnings:
+                    display.warn(line)
             else:
                 changes = by_rank_0(ranks, "the changes", lambda: changes_of(chosen, settings))
                 by_rank_0(ranks, "the lock", lambda: held.enter_context(chosen.locked()))

@@ -84,13 +84,10 @@ def test_a_failed_run_says_so_in_its_record(tmp_path):
     assert state["state"] == "failed" and "diverged" in state["message"] and state["step"] == 0
 
 
-def test_autocast_of_the_caller_is_not_the_config_s_precision(tmp_path):
-    plain = bnexp.run_experiment(TREE, tmp_path / "plain")
-    with torch.autocast("cpu", torch.bfloat16):
-        within = bnexp.run_experiment(TREE, tmp_path / "within")
-        assert torch.is_autocast_enabled("cpu")
-    one, other = ((r.record.path / "steps.csv").read_bytes() for r in (plain, within))
-    assert one == other and plain.comparison == within.comparison
+def test_autocast_of_the_caller_would_be_another_precision(tmp_path):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="call it outside"):
+        bnexp.run_experiment(TREE, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_it_runs_beside_the_main_thread(tmp_path):

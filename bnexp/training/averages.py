@@ -73,6 +73,9 @@ class SwaWeights(WeightAverage):
             get_swa_multi_avg_fn()(self.average, self.parameters, self.count)
             self.count += 1
 
+    def takes_none_of(self, steps: int) -> bool:
+        return self._start // self._every >= steps // self._every
+
 
 def averaged_parameters(state: dict, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The averages in a checkpoint. UserError where they don't fit `parameters`."""

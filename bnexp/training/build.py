@@ -57,6 +57,17 @@ class Training:
         return (*self.data.remarks, *corrupted, *(self.given.remarks if self.given else ()))
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the config asks for and this training will not have."""
+        swa = self.state.averages.get("swa")
+        if isinstance(swa, SwaWeights) and swa.takes_none_of(self.total_steps):
+            return (
+                f"training.averages.swa averages no weights in {self.total_steps} steps: take a "
+                "smaller start or every",
+            )
+        return ()
+
+    @property
     def best_file(self) -> str | None:
         """The checkpoint that the best evaluation is kept in; None where there is nothing to choose
         it by."""
@@ -216,11 +227,6 @@ def _averages(
     if swa := config.training.averages.swa:
         start = round(swa.start * total_steps)
         every = swa.every or min(steps_per_epoch, max(1, total_steps - start))
-        if start // every == total_steps // every:
-            raise UserError(
-                f"training.averages.swa averages no weights: of {total_steps} steps none after "
-                f"{start} is a multiple of {every}; take a smaller start or every"
-            )
         averages["swa"] = SwaWeights(model, start, every)
     return averages
 
