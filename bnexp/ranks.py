@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
@@ -285,6 +285,21 @@ def checksum(tensors: Iterable[Tensor], start: int = 0) -> int:
     for tensor in tensors:
         start = zlib.crc32(_bits(tensor), start)
     return start
+
+
+def agree_on_model(ranks: Ranks, mine: Mapping[str, Any], where: str, advice: str) -> None:
+    """Raise UserError, on all ranks, unless all have the same parts of a model: what each is called
+    -> what must be equal. The first that differs is named, and its rank. Tensors won't do."""
+    every = ranks.gather(mine, where)
+    for rank, other in enumerate(every):
+        for what in {**every[0], **other}:
+            if every[0].get(what) != other.get(what):
+                raise ranks.common(
+                    UserError(
+                        f"the ranks' models differ: {what} of rank {rank} is not that of rank 0; "
+                        f"{advice}"
+                    )
+                )
 
 
 def choose_ranks(ranks: Ranks | None, what: str) -> Ranks:

@@ -31,6 +31,7 @@ from bnexp.errors import (
 )
 from bnexp.importing import IMPORTED
 from bnexp.ranks import refuse_launcher
+from bnexp.training.signals import SIGNALS
 
 MESSAGE = 2000
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer's, or click's in older ones
@@ -126,7 +127,7 @@ def main() -> None:
 
 
 def _at_a_signal(handler: Callable[..., object]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, handler)
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from bnexp.errors import Interrupted, RunFailed, UserError, shown
 from bnexp.performance import wait_briefly
 from bnexp.ranks import Alone, Ranks, started_by_launcher
+from bnexp.training.signals import SIGNALS, handled
 
 # After which a rank that others wait for is given up. Rank 0 may download data, or judge a whole
 # test set's predictions, while the others wait.
@@ -105,7 +106,8 @@ def joined_ranks() -> Iterator[Ranks]:
     from bnexp.ranks import TorchRanks
 
     try:
-        with _ended_by_signals():
+        # While torch waits for the others, no handler of Python's can end it.
+        with handled(SIGNALS, signal.SIG_DFL):
             distributed.init_process_group("gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -119,26 +121,12 @@ def joined_ranks() -> Iterator[Ranks]:
         if ranks is not None and ranks.rank != 0:
             with contextlib.suppress(KeyboardInterrupt):  # the agent, because rank 0 is no more
                 ranks.let_rank_0_end()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if ranks is not None and ranks.rank == 0:
             ranks.let_rank_0_end()
         raise
     distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """While torch waits for other processes, which no handler of Python's can end."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    heeded = {n: h for n in numbers if (h := signal.getsignal(n)) is not signal.SIG_IGN}
-    try:
-        for number in heeded:
-            signal.signal(number, signal.SIG_DFL)
-        yield
-    finally:
-        for number, handler in heeded.items():
-            signal.signal(number, handler)
 
 
 def _heeded(config: Any) -> dict[str, Any]:

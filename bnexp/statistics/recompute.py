@@ -24,7 +24,7 @@ from bnexp.nn.find import (
 )
 from bnexp.nn.inference import eagerly, inference
 from bnexp.nn.intercept import normalized_by
-from bnexp.ranks import Alone, Ranks, checksum, choose_ranks
+from bnexp.ranks import Alone, Ranks, agree_on_model, checksum, choose_ranks
 from bnexp.statistics.exact import exact
 from bnexp.statistics.forward import Calls, Forward, Population, Runner, Task, device_of, need_two
 from bnexp.statistics.methods import Method
@@ -227,16 +227,8 @@ def _agree_on_weights(task: Task) -> None:
         if t.layout is torch.strided
     }
     mine |= {f"the eps of BN layer {name!r}": layer.eps for name, layer in task.layers.items()}
-    every = task.ranks.gather(mine, "the weights")
-    for rank, other in enumerate(every):
-        for what in {**every[0], **other}:
-            if every[0].get(what) != other.get(what):
-                raise task.ranks.common(
-                    UserError(
-                        f"the ranks' models differ: {what} of rank {rank} is not that of rank 0; "
-                        "make the same model and load the same weights on all ranks"
-                    )
-                )
+    advice = "make the same model and load the same weights on all ranks"
+    agree_on_model(task.ranks, mine, "the weights", advice)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +22,7 @@ from bnexp.errors import UserError
 from bnexp.nn.batchnorm import MomentsSlot, TrackedBatchNorm, turn_into
 from bnexp.nn.convert import followed_layers
 from bnexp.nn.find import batchnorm_layers, refuse_replicas
-from bnexp.ranks import Alone, Ranks, choose_ranks
+from bnexp.ranks import Alone, Ranks, agree_on_model, choose_ranks
 from bnexp.statistics.banks import Bank, merged_averages
 from bnexp.statistics.rules import Rule
 from bnexp.statistics.statistics import Statistics, check_range
@@ -566,20 +565,12 @@ def _tracked_layers(
 
 def _agree_on_layers(layers: Mapping[str, BatchNormBase], ranks: Ranks) -> None:
     """Raise UserError unless all ranks have the same layers in the same order."""
-    mine = [
-        (name, layer.num_features, layer.running_mean is None) for name, layer in layers.items()
-    ]
-    every = ranks.gather(mine, "the BN layers of a StatisticsTracker")
-    for rank, theirs in enumerate(every):
-        for one, other in zip_longest(theirs, every[0]):
-            if one != other:
-                name, *_ = one or other
-                raise ranks.common(
-                    UserError(
-                        f"the ranks' models differ: BN layer {name!r} of rank {rank} is not that "
-                        "of rank 0; make the same model on all ranks"
-                    )
-                )
+    mine = {
+        f"BN layer {name!r}": (place, layer.num_features, layer.running_mean is None)
+        for place, (name, layer) in enumerate(layers.items())
+    }
+    where = "the BN layers of a StatisticsTracker"
+    agree_on_model(ranks, mine, where, "make the same model on all ranks")
 
 
 def _on_host(dtype: torch.dtype) -> torch.dtype:

@@ -25,6 +25,7 @@ from bnexp.importing import require_extra
 from bnexp.records.experiment import is_run
 from bnexp.study.jobs import Ended, Job, Watcher
 from bnexp.study.parcel import pack, unpack
+from bnexp.training.signals import SIGNALS
 
 if TYPE_CHECKING:
     from bnexp.data.shipping import Shipment
@@ -91,8 +92,7 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         yield
         return
     _require_listener(address)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
