@@ -46,7 +46,9 @@ def _found(given: str, shipped: dict[str, Path], kind: str) -> Path:
         return path
     if given in shipped:
         own = Path(f"{given}.yaml")
-        if own.is_file() and own.read_bytes() != shipped[given].read_bytes():
+        # A config and a study may have one name: `bnexp init smoke` is no other study.
+        both = [files[given] for files in (shipped_configs(), shipped_studies()) if given in files]
+        if own.is_file() and own.read_bytes() not in [path.read_bytes() for path in both]:
             raise UserError(
                 f"{own} here is not the {kind} {given} that comes with bnexp: name the file, as in "
                 f"{own}, or go to another folder"

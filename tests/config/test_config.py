@@ -10,7 +10,7 @@ import yaml
 
 from bnexp.cli.lists import run_init
 from bnexp.config import Config, load_config, resolve
-from bnexp.config.shipped import find_config
+from bnexp.config.shipped import find_config, find_study_file, shipped_studies
 from bnexp.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -357,6 +357,16 @@ def test_a_file_of_a_shipped_configs_name_that_is_another_must_be_named(tmp_path
     with pytest.raises(UserError, match=r"digits\.yaml here is not the config digits that comes"):
         find_config("digits")
     assert find_config("digits.yaml") == Path("digits.yaml")
+
+
+def test_a_written_config_does_not_stand_in_the_way_of_the_study_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "smoke.yaml"
+    own.write_bytes(find_config("smoke").read_bytes())
+    assert find_study_file("smoke") == shipped_studies()["smoke"]
+    own.write_text("base: digits\nseeds: 2\n")
+    with pytest.raises(UserError, match=r"smoke\.yaml here is not the study smoke"):
+        find_study_file("smoke")
 
 
 def test_the_path_that_a_shipped_config_has_in_a_clone_leads_to_its_name(tmp_path, monkeypatch):
