@@ -508,7 +508,9 @@ def _runs_accuracy(data: str, runs: Sequence[RunData], number: int, of: int) -> 
         "the same marker, hollow: under recomputed statistics. Where the two of one run part, its "
         "averages cost accuracy."
     )
-    if of > 1:
+    if of > 1 and len(runs) == 1:
+        caption += f" Only {runs[0].name} has these test images: the others do not share them."
+    elif of > 1:
         names = ", ".join(run.name for run in runs)
         caption += f" The runs of this plot ({names}) share their test images; the others do not."
     if different := [key for key, _ in config_differences(runs) if key.startswith("data.")]:
